@@ -1,0 +1,30 @@
+"""Fused GPU kernels for GPT-style transformers: attention, layer normalisation, GELU MLP and a paged key-value cache.
+
+Every function takes and returns plain tensors, works under torch.compile, and means what the function of the same name
+in `gpt2_kernels.reference` computes in plain PyTorch. Importing this package needs no GPU.
+"""
+
+from gpt2_kernels import reference
+from gpt2_kernels._runtime import OPS, path_of
+from gpt2_kernels.fused_attention import attention
+from gpt2_kernels.gemm import gelu_mlp, linear
+from gpt2_kernels.kv_cache import append_kv_
+from gpt2_kernels.layernorm import add_layer_norm, layer_norm
+from gpt2_kernels.paged import paged_attention
+from gpt2_kernels.sampling import sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OPS",
+    "add_layer_norm",
+    "append_kv_",
+    "attention",
+    "gelu_mlp",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+    "path_of",
+    "reference",
+    "sample",
+]

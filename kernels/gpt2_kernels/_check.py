@@ -1,0 +1,74 @@
+"""Checks of arguments: each raises one ValueError that names the operator, the rule and the value got."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def fail(op: str, rule: str, got: Any) -> NoReturn:
+    raise ValueError(f"{op}: {rule}, got {got}")
+
+
+def same_kind(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """`tensor` has a dtype that kernels know; every other tensor has its dtype and device."""
+    if tensor.dtype not in DTYPES:
+        fail(op, f"dtype of {first} must be float32, float16 or bfloat16", tensor.dtype)
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != tensor.dtype:
+            fail(op, f"{name} must have the dtype of {first} ({tensor.dtype})", other.dtype)
+        if other.device != tensor.device:
+            fail(op, f"{name} must be on the device of {first} ({tensor.device})", other.device)
+
+
+def rank(op: str, name: str, tensor: Tensor, dims: str) -> None:
+    """`dims` is the shape as documented, such as "(B, T, H, D)"."""
+    if tensor.dim() != dims.count(",") + (not dims.endswith(",)")):
+        fail(op, f"{name} must be {dims}", tuple(tensor.shape))
+
+
+def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], dims: str) -> None:
+    if tensor is not None and tuple(tensor.shape) != expected:
+        fail(op, f"{name} must be {dims} = {expected}", tuple(tensor.shape))
+
+
+def index(op: str, name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) -> None:
+    """An integer tensor of one dtype on the device of `like`."""
+    if tensor.dtype != dtype:
+        fail(op, f"{name} must be {dtype}", tensor.dtype)
+    if tensor.device != like.device:
+        fail(op, f"{name} must be on the device of the other tensors ({like.device})", tensor.device)
+
+
+def attention_options(op: str, head_dim: int, scale: float | None, window: int | None) -> tuple[float, int]:
+    """The scale to use (1/sqrt(D) unless given) and the window (0 stands for none)."""
+    if window is not None and window < 1:
+        fail(op, "window must be None or at least 1", window)
+    if scale is None:
+        return head_dim**-0.5, window or 0
+    if not 0.0 < scale < float("inf"):
+        fail(op, "scale must be positive and finite", scale)
+    return float(scale), window or 0
+
+
+def heads(op: str, q_heads: int, kv_heads: int, head_dim: int) -> None:
+    if not 1 <= head_dim <= 256:
+        fail(op, "head dimension D must lie in 1..256", head_dim)
+    if kv_heads < 1 or q_heads % kv_heads:
+        fail(op, "query heads H must be a multiple of key and value heads Hkv", f"{q_heads} and {kv_heads}")
+
+
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself, or one contiguous copy where its last axis is not dense: kernels read rows as vectors."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def tile_for(table: dict[tuple[int, int], tuple[int, ...]], tensor: Tensor) -> tuple[int, ...]:
+    """The row of a launch table keyed by (element size, head dimension up to)."""
+    return next(row for (size, width), row in table.items() if size == tensor.element_size() and tensor.shape[-1] <= width)

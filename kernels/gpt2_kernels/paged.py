@@ -1,0 +1,275 @@
+"""Attention over a paged key-value cache (PagedAttention, Kwon et al., 2023), for decode and prefill alike.
+
+Queries of S sequences lie packed, (Nq, H, D): sequence s owns rows cu_seqlens_q[s]..cu_seqlens_q[s + 1], which are the
+last positions of its context_lens[s] keys. Its keys lie in the blocks that its row of the table names.
+Bytes of a decode step with element size s: 2 Hkv D s for each key in the context (1 FLOP a byte at H = Hkv), so a GPU is
+bound by reading the cache; everything else is small.
+
+A query's result depends on its own row and its own keys alone: tiles are cut by the position of the key, never by
+batch, so a row has the same bits in every batch and for every block size.
+Specification: gpt2_kernels.reference.paged_attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2_kernels import _check, _native, _runtime, reference
+from gpt2_kernels._runtime import register, tl, triton
+
+LOG2_E = 1.4426950408889634
+
+# Decode (one query a sequence) and prefill each have one tile, whatever the batch. (BLOCK_M, BLOCK_N, warps, stages):
+# compiled for sm_80, sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a GPU.
+# (element size, head dimension up to) -> tile. Full float32 products run on the CUDA cores, hence more warps there.
+DECODE = {
+    (2, 128): (16, 64, 4, 3),
+    (2, 256): (16, 32, 8, 2),
+    (4, 128): (16, 32, 8, 2),
+    (4, 256): (16, 16, 8, 2),
+}
+PREFILL = {
+    (2, 64): (64, 64, 4, 2),
+    (2, 256): (32, 32, 4, 2),
+    (4, 128): (32, 32, 8, 2),
+    (4, 256): (16, 16, 8, 2),
+}
+
+
+@triton.jit
+def paged_attention_kernel(
+    q_ptr,  # (Nq, H, D)
+    k_cache_ptr,  # (num_blocks, block_size, Hkv, D)
+    v_cache_ptr,  # (num_blocks, block_size, Hkv, D)
+    table_ptr,  # (S, max_blocks) int32
+    context_lens_ptr,  # (S,) int32
+    cu_seqlens_ptr,  # (S + 1,) int32
+    out_ptr,  # (Nq, H, D), contiguous
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_table,
+    H,
+    queries_per_kv,
+    block_size,
+    num_blocks,
+    window,
+    scale_log2,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program owns BLOCK_M queries of one head of one sequence and adds its keys in order of position."""
+    h = tl.program_id(0).to(tl.int64)
+    sequence = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(2)
+    first_row = tl.load(cu_seqlens_ptr + sequence)
+    queries = tl.load(cu_seqlens_ptr + sequence + 1) - first_row
+    context = tl.load(context_lens_ptr + sequence)
+    if tile * BLOCK_M < queries:
+        kv_head = h // queries_per_kv
+        t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        i = t + (context - queries)  # position of each query
+        d = tl.arange(0, BLOCK_D)
+        n = tl.arange(0, BLOCK_N)
+        d_inside = (d < D)[None, :]
+        q_inside = (t < queries)[:, None] & d_inside
+        rows = (first_row + t).to(tl.int64)
+        q = tl.load(q_ptr + rows[:, None] * stride_qn + h * stride_qh + d[None, :], mask=q_inside, other=0.0)
+        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        begin = 0
+        end = tl.minimum(context, tile * BLOCK_M + BLOCK_M + context - queries)
+        if WINDOW:
+            begin = tl.maximum(tile * BLOCK_M + context - queries - window + 1, 0) // BLOCK_N * BLOCK_N
+        for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+            j = start + n
+            there = j < context
+            block = tl.load(table_ptr + sequence * stride_table + j // block_size, mask=there, other=0).to(tl.int64)
+            tl.device_assert((block >= 0) & (block < num_blocks), "paged_attention: block outside the cache", mask=there)
+            offset = j % block_size
+            inside = there[:, None] & d_inside
+            k_at = block * stride_kb + offset * stride_kt + kv_head * stride_kh
+            v_at = block * stride_vb + offset * stride_vt + kv_head * stride_vh
+            k = tl.load(k_cache_ptr + k_at[:, None] + d[None, :], mask=inside, other=0.0)
+            v = tl.load(v_cache_ptr + v_at[:, None] + d[None, :], mask=inside, other=0.0)
+            s = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+            keep = there[None, :] & (j[None, :] <= i[:, None])
+            if WINDOW:
+                keep = keep & (j[None, :] > i[:, None] - window)
+            s = tl.where(keep, s, -float("inf"))
+            m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+            # A row that has seen no key yet: subtract 0, so that exp2(-inf) = 0 and not exp2(-inf + inf) = NaN.
+            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+            p = tl.exp2(s * scale_log2 - shift[:, None])
+            rescale = tl.exp2(m - shift)
+            l = l * rescale + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            m = m_new
+        out = acc / tl.where(l > 0.0, l, 1.0)[:, None]  # a query with no key gives 0
+        tl.store(out_ptr + (rows[:, None] * H + h) * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=q_inside)
+
+
+def _paged_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    Nq, H, D = q.shape
+    S = context_lens.shape[0]
+    q, block_table = _check.unit_last_stride(q), _check.unit_last_stride(block_table)
+    out = torch.zeros((Nq, H, D), dtype=q.dtype, device=q.device)  # rows past the last sequence stay 0
+    if Nq and S and max_seqlen_q:
+        table = DECODE if max_seqlen_q == 1 else PREFILL
+        block_m, block_n, warps, stages = _check.tile_for(table, q)
+        paged_attention_kernel[(H, S, triton.cdiv(max_seqlen_q, block_m))](
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            context_lens.contiguous(),
+            cu_seqlens_q.contiguous(),
+            out,
+            *q.stride()[:2],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            block_table.stride(0),
+            H,
+            H // k_cache.shape[2],
+            k_cache.shape[1],
+            k_cache.shape[0],
+            window,
+            scale * LOG2_E,
+            D=D,
+            WINDOW=window > 0,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_D=max(16, triton.next_power_of_2(D)),
+            STAGES=stages,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return out
+
+
+def _paged_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    if q.dtype != torch.float16 and _runtime.native():
+        q = _check.unit_last_stride(q)
+        return _native.ops().paged_attention(
+            q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, window
+        )
+    _check_indices(k_cache, block_table, context_lens, cu_seqlens_q, q.shape[0])
+    return reference.paged_attention(
+        q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale=scale, window=window
+    )
+
+
+def _check_indices(k_cache: Tensor, block_table: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor, Nq: int) -> None:
+    """The contents of the index tensors; read on the CPU path alone, where reading them costs no synchronisation."""
+    op, (num_blocks, block_size) = "paged_attention", k_cache.shape[:2]
+    cu, lens = cu_seqlens_q.tolist(), context_lens.tolist()
+    if cu[0] != 0 or cu[-1] > Nq or any(b < a for a, b in zip(cu, cu[1:])):
+        _check.fail(op, f"cu_seqlens_q must rise from 0 to at most {Nq}", cu)
+    for s, length in enumerate(lens):
+        if not 0 <= length <= block_table.shape[1] * block_size:
+            _check.fail(op, f"context_lens must lie in 0..{block_table.shape[1] * block_size}", length)
+        used = block_table[s, : -(-length // block_size)]
+        if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < num_blocks:
+            _check.fail(op, f"block_table must lie in 0..{num_blocks - 1}", [int(used.min()), int(used.max())])
+
+
+def _fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+register(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens,"
+    " Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, int window) -> Tensor",
+    triton_impl=_paged_triton,
+    cpu_impl=_paged_cpu,
+    fake=_fake,
+    cpu="native",
+)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of packed queries over a paged cache: q (Nq, H, D) -> (Nq, H, D).
+
+    k_cache, v_cache (num_blocks, block_size, Hkv, D), any strides with a dense last axis; block_table (S, max_blocks)
+    int32; context_lens (S,) int32, the queries included; cu_seqlens_q (S + 1,) int32, first row of each sequence;
+    max_seqlen_q the most queries of any sequence (1: decode). The queries are the last positions of their sequence.
+    window w keeps the nearest w keys of a query, itself included. A query with no key gives 0. No gradient.
+    Raises ValueError on a shape, dtype, device or option that does not fit; an index outside the cache is an error on
+    the CPU and a device assertion under TRITON_DEBUG=1 on a GPU. Source: Kwon et al., 2023, arXiv:2309.06180.
+    """
+    op = "paged_attention"
+    _check.rank(op, "q", q, "(Nq, H, D)")
+    _check.rank(op, "k_cache", k_cache, "(num_blocks, block_size, Hkv, D)")
+    _check.same_kind(op, "q", q, k_cache=k_cache, v_cache=v_cache)
+    _check.shape(op, "k_cache", k_cache, (*k_cache.shape[:3], q.shape[2]), "(num_blocks, block_size, Hkv, D)")
+    _check.shape(op, "v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
+    _check.heads(op, q.shape[1], k_cache.shape[2], q.shape[2])
+    _check.rank(op, "block_table", block_table, "(S, max_blocks)")
+    S = block_table.shape[0]
+    _check.shape(op, "context_lens", context_lens, (S,), "(S,)")
+    _check.shape(op, "cu_seqlens_q", cu_seqlens_q, (S + 1,), "(S + 1,)")
+    for name, tensor in (("block_table", block_table), ("context_lens", context_lens), ("cu_seqlens_q", cu_seqlens_q)):
+        _check.index(op, name, tensor, torch.int32, q)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+            _check.fail(op, f"last axis of {name} must be dense", cache.stride())
+    if not 0 <= max_seqlen_q <= q.shape[0]:
+        _check.fail(op, f"max_seqlen_q must lie in 0..{q.shape[0]}", max_seqlen_q)
+    scale, window = _check.attention_options(op, q.shape[2], scale, window)
+    return torch.ops.gpt2_kernels.paged_attention(
+        q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, max_seqlen_q, scale, window
+    )

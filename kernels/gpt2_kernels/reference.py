@@ -1,0 +1,252 @@
+"""What every operator means, in plain PyTorch: the specification that kernels are tested against.
+
+Written for clarity: float32 inside (float64 where the input is), one rounding at the end. Shapes and arguments are those
+of the public functions of the same names; nothing is checked here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 where the input is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def visible(Tq: int, Tk: int, causal: bool, window: int, device: torch.device) -> Tensor:
+    """(Tq, Tk) bool: which keys each query sees. The last query is aligned with the last key.
+
+    Tq = 2, Tk = 5, causal:      window = 2:
+        1 1 1 1 0                0 0 1 1 0
+        1 1 1 1 1                0 0 0 1 1
+    """
+    i = torch.arange(Tq, device=device)[:, None] + (Tk - Tq)  # position of the query among the keys
+    j = torch.arange(Tk, device=device)[None, :]
+    keep = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
+    if causal:
+        keep &= j <= i
+    if window:
+        keep &= j > i - window
+    return keep
+
+
+def _per_query_head(kv: Tensor, H: int) -> Tensor:
+    """(B, T, Hkv, D) -> (B, H, T, D) in float32: each key and value head serves H / Hkv query heads in turn."""
+    return wide(kv).transpose(1, 2).repeat_interleave(H // kv.shape[2], dim=1)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + mask) v -> (B, Tq, H, D) and the logsumexp of the scores (B, H, Tq), natural log."""
+    H, D = q.shape[2:]
+    scores = wide(q).transpose(1, 2) @ _per_query_head(k, H).transpose(2, 3) * (D**-0.5 if scale is None else scale)
+    keep = visible(q.shape[1], k.shape[1], causal, window or 0, q.device)
+    scores = scores.masked_fill(~keep, -torch.inf)
+    logsumexp = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - logsumexp.unsqueeze(-1)).masked_fill(~keep, 0.0)  # a row with no key: all 0, not NaN
+    out = weights @ _per_query_head(v, H)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), logsumexp
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v by the formulas of FlashAttention (Dao et al., 2022), with the probabilities rebuilt."""
+    B, Tk, Hkv, D = k.shape
+    H = q.shape[2]
+    queries, keys, values = wide(q).transpose(1, 2), _per_query_head(k, H), _per_query_head(v, H)
+    dout = wide(grad).transpose(1, 2)
+    keep = visible(q.shape[1], Tk, causal, window or 0, q.device)
+    weights = torch.exp(queries @ keys.transpose(2, 3) * scale - logsumexp.unsqueeze(-1)).masked_fill(~keep, 0.0)
+    delta = (dout * wide(out).transpose(1, 2)).sum(-1, keepdim=True)
+    dscores = weights * (dout @ values.transpose(2, 3) - delta) * scale
+    dq = (dscores @ keys).transpose(1, 2)
+    dk = (dscores.transpose(2, 3) @ queries).view(B, Hkv, H // Hkv, Tk, D).sum(2).transpose(1, 2)
+    dv = (weights.transpose(2, 3) @ dout).view(B, Hkv, H // Hkv, Tk, D).sum(2).transpose(1, 2)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def append_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write token n's keys and values into slot slots[n] = block * block_size + offset; -1 writes nothing."""
+    kept = slots >= 0
+    block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
+    k_cache[block, offset] = k[kept]
+    v_cache[block, offset] = v[kept]
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's last queries over its keys, gathered block by block."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for s, (first, last) in enumerate(zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:])):
+        length = int(context_lens[s])
+        blocks = block_table[s, : -(-length // k_cache.shape[1])].long()
+        k, v = (cache[blocks].flatten(0, 1)[:length].to(q.dtype) for cache in (k_cache, v_cache))
+        if last > first and length:
+            out[first:last] = attention(q[None, first:last], k[None], v[None], scale=scale, window=window)[0][0]
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al., 2016)."""
+    x32 = wide(x)
+    centred = x32 - x32.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps) * wide(weight)
+    return (y if bias is None else y + wide(bias)).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual); the sum is rounded to its dtype before it is normalised."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; x and grad (..., C), mean and rstd (rows,)."""
+    C = x.shape[-1]
+    g, x32 = wide(grad).reshape(-1, C), wide(x).reshape(-1, C)
+    normalised = (x32 - mean[:, None]) * rstd[:, None]
+    wg = g * wide(weight)
+    projection = (wg * normalised).mean(-1, keepdim=True)
+    dx = (wg - wg.mean(-1, keepdim=True) - normalised * projection) * rstd[:, None]
+    return dx.to(x.dtype).view(x.shape), (g * normalised).sum(0).to(weight.dtype), g.sum(0).to(weight.dtype)
+
+
+def gelu(x: Tensor, activation: str) -> Tensor:
+    """Gaussian error linear unit: "gelu" by erf, "gelu_tanh" by GPT-2's approximation (Hendrycks & Gimpel, 2016)."""
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """activation(x weight^T + bias) + residual."""
+    y = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    if activation is not None:
+        y = gelu(y, activation)
+    return (y if residual is None else y + wide(residual)).to(x.dtype)
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    approximate: str = "tanh",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """gelu(x w1^T + b1) w2^T + b2 + residual; what lies between is rounded to the dtype of x."""
+    hidden = linear(x, w1, b1, activation="gelu_tanh" if approximate == "tanh" else "gelu")
+    return linear(hidden, w2, b2, residual=residual)
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) for each (seed, position), float32, a multiple of 2^-24.
+
+    Philox-4x32-10 (Salmon et al., 2011) with counter (position, 0, 0, 0) and the 64 bits of the seed as its key; the
+    first of the four words that it returns.
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = positions & low, *(torch.zeros_like(positions) for _ in range(3))
+    k0, k1 = seeds & low, (seeds >> 32) & low
+    for _ in range(10):
+        high_a, low_a = _multiply_32(c0, 0xD2511F53)
+        high_b, low_b = _multiply_32(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return (c0 >> 8).to(torch.float32) * 2.0**-24
+
+
+def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b, for a below 2^32 in int64: by halves, since the product needs 64 unsigned bits."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    history: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    top_logprobs: int = 0,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """One token for each row of logits: penalty, temperature, top-k, top-p, min-p, then one draw from what is left."""
+    scores = wide(logits)
+    log_total = torch.logsumexp(scores, dim=-1)
+    top = None
+    if top_logprobs:
+        values, ids = scores.topk(top_logprobs, dim=-1)
+        top = ids, values - log_total[:, None]
+
+    adjusted = scores
+    if history is not None and repetition_penalty is not None:  # Keskar et al., 2019 (CTRL)
+        penalty = repetition_penalty[:, None]
+        adjusted = torch.where(history, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    tokens = adjusted.argmax(dim=-1)
+    drawn = (temperature > 0).nonzero().squeeze(1)  # the other rows are greedy
+    if drawn.numel():
+        tokens[drawn] = _draw(adjusted[drawn], *(t[drawn] for t in (temperature, top_k, top_p, min_p, seeds, positions)))
+    logprobs = scores.gather(1, tokens[:, None]).squeeze(1) - log_total
+    return tokens, logprobs, top
+
+
+def _draw(
+    scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    V = scores.shape[1]
+    scores = scores / temperature[:, None]
+    scores = scores - scores.amax(dim=-1, keepdim=True)
+    limited = (top_k > 0) & (top_k < V)
+    if limited.any():
+        k = torch.where(limited, top_k, 1)
+        smallest = scores.topk(int(k.max()), dim=-1).values.gather(1, k[:, None] - 1)
+        scores = scores.masked_fill(limited[:, None] & (scores < smallest), -torch.inf)  # ties at the threshold stay
+    weights = torch.exp(scores)  # the likeliest token weighs 1
+    kept = weights >= min_p[:, None]
+    if (top_p < 1).any():  # Holtzman et al., 2019: the fewest tokens whose probabilities reach top_p
+        ordered = weights.sort(dim=-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered
+        needed = before < top_p[:, None] * ordered.sum(-1, keepdim=True)
+        smallest = ordered.masked_fill(~needed, torch.inf).amin(-1, keepdim=True)
+        kept &= (weights >= smallest) | (top_p >= 1)[:, None]
+    cumulative = (weights * kept).double().cumsum(-1)
+    point = uniform(seeds, positions).double() * cumulative[:, -1]
+    chosen = torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1)
+    # A draw that rounds up to the total would fall behind the last token that is left.
+    last = V - 1 - kept.flip(-1).to(torch.uint8).argmax(-1)
+    return torch.minimum(chosen, last)
