@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gpt2 import weights
 from gpt2.config import GPT2Config
 
 
@@ -134,8 +135,6 @@ class ReferenceGPT2(nn.Module):
         cls, name_or_path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> ReferenceGPT2:
         """As `GPT2.from_pretrained`; float32 unless `dtype` asks for float64."""
-        from gpt2 import weights
-
         return weights.load(cls, name_or_path, device=device, dtype=dtype or torch.float32)
 
 

@@ -1,7 +1,7 @@
 """How the suite runs, and says so.
 
-With a GPU, kernel tests run on it. Without one they run in Triton's interpreter, repaired (interpreter.py) and watched
-by a memory and race sanitizer (sanitizer.py). Each kernel test runs a second time on what a CPU takes in production: the
+With a GPU, kernel tests run on it. Without one they run in Triton's interpreter, repaired (interpreter.py) and
+watched by a memory and race sanitizer (sanitizer.py). Each kernel test runs a second time on what a CPU takes: the
 compiled C++ operators and PyTorch. Tests of the model and the engine take the production path of the machine.
 """
 
@@ -21,7 +21,9 @@ SHARED = ROOT.parent / "shared"  # data too large for the repository; tests that
 
 if not GPU:
     if "triton" in sys.modules:
-        raise RuntimeError("triton was imported before TRITON_INTERPRET=1 could be set: its functions stay compiled ones")
+        raise RuntimeError(
+            "triton was imported before TRITON_INTERPRET=1 could be set: its functions stay compiled ones"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
 if (SHARED / "tiktoken-cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken-cache"))
@@ -36,7 +38,7 @@ if not GPU and _runtime.HAS_TRITON:
     interpreter.install()
     _runtime.interpreter_has_bfloat16 = True
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors are tiny here: more threads would only wait for each other
 
 
 def pytest_report_header() -> list[str]:
@@ -48,7 +50,9 @@ def pytest_report_header() -> list[str]:
     if GPU:
         tier = f"kernels on {torch.cuda.get_device_name()}"
     else:
-        tier = "no GPU: kernels in Triton's interpreter, repaired and sanitized; compiled offline for sm_80, sm_90, sm_100"
+        tier = (
+            "no GPU: kernels in Triton's interpreter, repaired and sanitized; compiled offline for sm_80, sm_90, sm_100"
+        )
     return [
         f"tier: {tier}",
         f"torch {torch.__version__}, triton {triton.__version__}",

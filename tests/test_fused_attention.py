@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tolerance import DTYPES, assert_accurate, wide
 from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from tolerance import DTYPES, assert_accurate, wide
 
 
 class Case(NamedTuple):
@@ -138,7 +138,9 @@ def test_offsets_beyond_two_to_the_31(path: torch.device) -> None:
     assert_accurate(ops.attention(q, k, k), theirs, truth)
 
 
-@pytest.mark.parametrize("name", ["gpt2 head, two row tiles", "grouped heads", "first rows see no key", "window", "full"])
+@pytest.mark.parametrize(
+    "name", ["gpt2 head, two row tiles", "grouped heads", "first rows see no key", "window", "full"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients(path: torch.device, name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
@@ -148,7 +150,9 @@ def test_gradients(path: torch.device, name: str, dtype: torch.dtype) -> None:
     options = (case.causal, case.window)
     out = ops.attention(*leaves, causal=case.causal, window=case.window)
     ours = torch.autograd.grad(out, leaves, grad)
-    rows = slice(max(0, case.Tq - case.Tk), None) if case.causal else slice(None)  # torch gives NaN for rows with no key
+    rows = (
+        slice(max(0, case.Tq - case.Tk), None) if case.causal else slice(None)
+    )  # torch gives NaN for rows with no key
     theirs = torch.autograd.grad(torch_attention(*_tail(leaves, rows), *options)[0], leaves, grad[:, rows])
     truth = torch.autograd.grad(torch_attention(*_tail(exact, rows), *options)[0], exact, grad[:, rows].double())
     for letter, a, b, c in zip("qkv", ours, theirs, truth):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import DTYPES, assert_accurate, wide
 from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from tolerance import DTYPES, assert_accurate, wide
 
 SHAPES = [
     (1, 96, 80),  # one row: decode

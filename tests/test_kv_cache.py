@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import DTYPES
 from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from tolerance import DTYPES
 
 
 def empty_cache(device: torch.device, dtype: torch.dtype, blocks: int, size: int, H: int, D: int) -> Tensor:

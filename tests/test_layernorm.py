@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import DTYPES, assert_accurate, wide
 from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from tolerance import DTYPES, assert_accurate, wide
 
 WIDTHS = [
     1,  # variance 0: y is the bias
@@ -156,7 +156,10 @@ def test_bad_input(path: torch.device) -> None:
     for arguments, message in [
         ((x, weight[:31]), r"layer_norm: weight must be \(C,\) = \(32,\), got \(31,\)"),
         ((x, weight, bias.double()), r"layer_norm: bias must have the dtype of x"),
-        ((x.double(), weight.double()), r"layer_norm: dtype of x must be float32, float16 or bfloat16, got torch.float64"),
+        (
+            (x.double(), weight.double()),
+            r"layer_norm: dtype of x must be float32, float16 or bfloat16, got torch.float64",
+        ),
         ((torch.empty(2, 16385, device=path), weight), r"layer_norm: last axis of x must lie in 1..16384"),
         ((x, weight, bias, -1.0), r"layer_norm: eps must be at least 0, got -1.0"),
     ]:

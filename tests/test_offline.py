@@ -12,7 +12,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 # Kernels that must run on tensor cores: float32 is multiplied in full precision, on the CUDA cores.
@@ -37,7 +36,13 @@ def rows() -> list[dict]:
 
 def test_every_kernel_is_there(rows: list[dict]) -> None:
     names = {r["name"] for r in rows}
-    assert names == {"attention_kernel", "paged_attention_kernel", "append_kv_kernel", "layer_norm_kernel", "linear_kernel"}
+    assert names == {
+        "attention_kernel",
+        "paged_attention_kernel",
+        "append_kv_kernel",
+        "layer_norm_kernel",
+        "linear_kernel",
+    }
     assert {r["cc"] for r in rows} == {80, 90, 100}
 
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tolerance import DTYPES, assert_accurate
 from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from tolerance import DTYPES, assert_accurate
 
 
 class Batch(NamedTuple):
@@ -119,7 +119,9 @@ def test_empty_sequences(path: torch.device) -> None:
     assert not out[2:].any()
     truth = dense(batch.q[:2].double(), [(k.double(), v.double()) for k, v in texts[:1]], [0, 2])
     torch.testing.assert_close(out[:2].double(), truth, rtol=1e-5, atol=1e-5)
-    assert ops.paged_attention(*batch._replace(q=batch.q[:0], cu_seqlens_q=batch.cu_seqlens_q * 0, max_seqlen_q=0)).shape == (0, 2, 16)
+    assert ops.paged_attention(
+        *batch._replace(q=batch.q[:0], cu_seqlens_q=batch.cu_seqlens_q * 0, max_seqlen_q=0)
+    ).shape == (0, 2, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -154,8 +156,14 @@ def test_bad_input(path: torch.device) -> None:
     for changes, message in [
         ({"q": batch.q[0]}, r"paged_attention: q must be \(Nq, H, D\), got \(2, 16\)"),
         ({"k_cache": batch.k_cache[..., :8]}, r"paged_attention: k_cache must be"),
-        ({"block_table": batch.block_table.long()}, r"paged_attention: block_table must be torch.int32, got torch.int64"),
-        ({"context_lens": batch.context_lens[:1]}, r"paged_attention: context_lens must be \(S,\) = \(2,\), got \(1,\)"),
+        (
+            {"block_table": batch.block_table.long()},
+            r"paged_attention: block_table must be torch.int32, got torch.int64",
+        ),
+        (
+            {"context_lens": batch.context_lens[:1]},
+            r"paged_attention: context_lens must be \(S,\) = \(2,\), got \(1,\)",
+        ),
         ({"cu_seqlens_q": batch.cu_seqlens_q[:2]}, r"paged_attention: cu_seqlens_q must be \(S \+ 1,\) = \(3,\)"),
         ({"max_seqlen_q": 3}, r"paged_attention: max_seqlen_q must lie in 0..2, got 3"),
     ]:

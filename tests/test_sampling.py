@@ -75,7 +75,14 @@ def allowed(logits: np.ndarray, temperature: float, top_k: int, top_p: float, mi
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
-    [(1.0, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.3, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.2), (1.0, 12, 0.8, 0.05), (1.0, 1, 1.0, 0.0)],
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 5, 1.0, 0.0),
+        (1.3, 0, 0.6, 0.0),
+        (1.0, 0, 1.0, 0.2),
+        (1.0, 12, 0.8, 0.05),
+        (1.0, 1, 1.0, 0.0),
+    ],
 )
 def test_distribution(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Chi-square of 20,000 draws with fixed seeds against the float64 probabilities, rare tokens pooled."""

@@ -31,6 +31,4 @@ def assert_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, *, factor: floa
 
 def wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The same values in float64, as new leaves that want gradients where the originals do."""
-    return tuple(
-        None if t is None else t.detach().double().clone().requires_grad_(t.requires_grad) for t in tensors
-    )
+    return tuple(None if t is None else t.detach().double().clone().requires_grad_(t.requires_grad) for t in tensors)

@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import base64
 import dataclasses
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +28,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2 import weights
 from gpt2.config import PRESETS, GPT2Config
-from gpt2.reference import ReferenceGPT2
+from gpt2.reference import MLP, ReferenceGPT2, SelfAttention
 from gpt2.tokenizer import END_OF_TEXT, byte_characters, load_tokenizer
 
 COOLING = 0.35  # share of the run over which the learning rate falls to zero
 WARMUP_STEPS = 60
-MUON = dict(lr=0.02, momentum=0.95, weight_decay=0.02, nesterov=True)
-ADAMW = dict(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpt2.storybook.train", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="text to train on")
     parser.add_argument("--validation", type=Path, required=True, help="text to measure the loss on")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; resumed where it holds a checkpoint")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; resumed where it holds a checkpoint"
+    )
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
     parser.add_argument("--context", type=int, default=1024, help="tokens a sequence")
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def learn_tokenizer(data: Path, out: Path, vocab_size: int) -> None:
-    """Learn `vocab_size - 1` byte-level tokens (the last number is <|endoftext|>) and write them in tiktoken's format."""
+    """Learn `vocab_size - 1` byte-level tokens, in tiktoken's format; the last number is <|endoftext|>."""
     import tokenizers
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()
@@ -107,21 +109,23 @@ def batches(tokens: np.ndarray, context: int, size: int, seed: int, first: int) 
             step += 1
 
 
-def fast_attention(model: ReferenceGPT2) -> None:
-    """Give the reference model PyTorch's fused attention: the same numbers without the T x T matrix."""
+def fuse(model: ReferenceGPT2) -> None:
+    """Give the reference model PyTorch's fused attention and GELU: the same numbers without the T x T matrix."""
 
-    def forward(attn: nn.Module) -> Callable[[Tensor], tuple[Tensor, None]]:
-        def attend(x: Tensor) -> tuple[Tensor, None]:
-            B, T, C = x.shape
-            q, k, v = (t.view(B, T, attn.n_head, attn.head_dim).transpose(1, 2) for t in attn.c_attn(x).split(C, 2))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attn.scale)
-            return attn.c_proj(y.transpose(1, 2).reshape(B, T, C)), None
+    def attend(layer: SelfAttention, x: Tensor) -> tuple[Tensor, None]:
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, layer.n_head, layer.head_dim).transpose(1, 2) for t in layer.c_attn(x).split(C, 2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale)
+        return layer.c_proj(y.transpose(1, 2).reshape(B, T, C)), None
 
-        return attend
+    def feed(layer: MLP, x: Tensor) -> Tensor:
+        return layer.c_proj(F.gelu(layer.c_fc(x), approximate="tanh"))
 
-    for block in model.h:
-        block.attn.forward = forward(block.attn)
-        block.mlp.forward = lambda x, m=block.mlp: m.c_proj(F.gelu(m.c_fc(x), approximate="tanh"))
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.forward = functools.partial(attend, module)  # type: ignore[method-assign,assignment]
+        elif isinstance(module, MLP):
+            module.forward = functools.partial(feed, module)  # type: ignore[method-assign]
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -145,20 +149,21 @@ def save(path: Path, content: dict) -> None:
     os.replace(path.with_suffix(".new"), path)
 
 
-def run(
-    config: GPT2Config, train: np.ndarray, validation: np.ndarray, args: argparse.Namespace, folder: Path
-) -> None:
+def run(config: GPT2Config, train: np.ndarray, validation: np.ndarray, args: argparse.Namespace, folder: Path) -> None:
     torch.manual_seed(args.seed)
     tokens_a_step = args.batch_size * args.context
     steps = int(args.epochs * len(train) / tokens_a_step)
     master = ReferenceGPT2(config)  # float32: what the optimisers update
     model = ReferenceGPT2(config).to(torch.bfloat16)  # bfloat16: what computes
-    fast_attention(model)
+    fuse(model)
     pairs = list(zip(master.parameters(), model.parameters()))
 
     matrices = [p for n, p in master.named_parameters() if p.dim() == 2 and n.startswith("h.")]
     rest = [p for n, p in master.named_parameters() if not (p.dim() == 2 and n.startswith("h."))]
-    optimizers = [torch.optim.Muon(matrices, **MUON), torch.optim.AdamW(rest, **ADAMW, fused=True)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.02, nesterov=True),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
     rates = [group["lr"] for o in optimizers for group in o.param_groups]
 
     first, seconds = 0, 0.0
@@ -201,7 +206,9 @@ def run(
             log.write(json.dumps(entry) + "\n")
             log.flush()
             rate = (done - first) * tokens_a_step / (time.perf_counter() - started)
-            print(f"step {done}/{steps}  loss {loss.item():.3f}  {rate:,.0f} tokens/s  {elapsed / 60:.1f} min", flush=True)
+            print(
+                f"step {done}/{steps}  loss {loss.item():.3f}  {rate:,.0f} tokens/s  {elapsed / 60:.1f} min", flush=True
+            )
         if done % args.save_every == 0 or done == steps:
             optimizer_states = [o.state_dict() for o in optimizers]
             save(checkpoint, dict(model=master.state_dict(), optimizers=optimizer_states, step=done, seconds=elapsed))
@@ -218,8 +225,6 @@ def run(
 
 def finish(master: ReferenceGPT2, config: GPT2Config, folder: Path) -> None:
     """The model folder: weights in bfloat16, matrices in the (in, out) layout of the published GPT-2 files."""
-    from gpt2 import weights
-
     weights.save(master.to(torch.bfloat16), config, folder)
     print(f"wrote {folder}: {json.dumps(dataclasses.asdict(config))}")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+Tile = TypeVar("Tile", bound=tuple[int, ...])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -69,6 +71,8 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def tile_for(table: dict[tuple[int, int], tuple[int, ...]], tensor: Tensor) -> tuple[int, ...]:
+def tile_for(table: Mapping[tuple[int, int], Tile], tensor: Tensor) -> Tile:
     """The row of a launch table keyed by (element size, head dimension up to)."""
-    return next(row for (size, width), row in table.items() if size == tensor.element_size() and tensor.shape[-1] <= width)
+    return next(
+        row for (size, width), row in table.items() if size == tensor.element_size() and tensor.shape[-1] <= width
+    )

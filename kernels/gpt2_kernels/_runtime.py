@@ -86,7 +86,7 @@ def native() -> bool:
 
 
 def path_of(op: str, device: str) -> str:
-    """One line: what computes `op` on tensors of `device` ("cpu" or "cuda"), and why where it is not the best there is."""
+    """What computes `op` on tensors of `device` ("cpu" or "cuda"), and why where it is not the best there is."""
     if op not in OPS:
         raise ValueError(f"path_of: op must be one of {sorted(OPS)}, got {op!r}")
     if device == "cuda":

@@ -129,7 +129,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns BLOCK_M queries of one head and adds keys from the first visible one up; long rows start first."""
+    """One program owns BLOCK_M queries of one head and adds keys from the first visible up; long rows start first."""
     pid = tl.program_id(0)
     tile = tl.cdiv(Tq, BLOCK_M) - 1 - pid // (B * H)
     b = (pid % (B * H) // H).to(tl.int64)
@@ -142,7 +142,9 @@ def attention_kernel(
     d_inside = (d < D)[None, :]
     rows = t.to(tl.int64)
     q_inside = (t < Tq)[:, None] & d_inside
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=q_inside, other=0.0)
+    q = tl.load(
+        q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=q_inside, other=0.0
+    )
     k_tile = k_ptr + b * stride_kb + kv_head * stride_kh + n[:, None] * stride_kt + d[None, :]
     v_tile = v_ptr + b * stride_vb + kv_head * stride_vh + n[:, None] * stride_vt + d[None, :]
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -239,9 +241,7 @@ def _dense_heads_first(*tensors: Tensor) -> list[Tensor]:
     return [_check.unit_last_stride(t).transpose(1, 2) for t in tensors]
 
 
-def _attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int
-) -> tuple[Tensor, Tensor]:
+def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int) -> tuple[Tensor, Tensor]:
     if not _plain(q, k, causal, window):
         return reference.attention(q, k, v, causal=causal, scale=scale, window=window)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

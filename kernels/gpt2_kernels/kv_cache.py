@@ -1,7 +1,7 @@
 """Writing new keys and values into a paged cache.
 
-The cache is blocks of `block_size` tokens; token n goes to slot = block * block_size + offset. Bytes: N Hkv D keys and as
-many values are read and written once, 4 N Hkv D s; no arithmetic.
+The cache is blocks of `block_size` tokens; token n goes to slot = block * block_size + offset. Bytes of element size s:
+N Hkv D keys and as many values are read and written once, 4 N Hkv D s; no arithmetic.
 Specification: gpt2_kernels.reference.append_kv_.
 """
 
@@ -110,11 +110,15 @@ def append_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Te
     _check.rank("append_kv_", "k_cache", k_cache, "(num_blocks, block_size, Hkv, D)")
     _check.same_kind("append_kv_", "k", k, v=v, k_cache=k_cache, v_cache=v_cache)
     _check.shape("append_kv_", "v", v, tuple(k.shape), "(N, Hkv, D)")
-    _check.shape("append_kv_", "k_cache", k_cache, (*k_cache.shape[:2], *k.shape[1:]), "(num_blocks, block_size, Hkv, D)")
+    _check.shape(
+        "append_kv_", "k_cache", k_cache, (*k_cache.shape[:2], *k.shape[1:]), "(num_blocks, block_size, Hkv, D)"
+    )
     _check.shape("append_kv_", "v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
     _check.index("append_kv_", "slots", slots, torch.int64, k)
     _check.shape("append_kv_", "slots", slots, (k.shape[0],), "(N,)")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
-            _check.fail("append_kv_", f"last axis of {name} must be dense, since it is written in place", cache.stride())
+            _check.fail(
+                "append_kv_", f"last axis of {name} must be dense, since it is written in place", cache.stride()
+            )
     torch.ops.gpt2_kernels.append_kv_(k, v, k_cache, v_cache, slots)

@@ -209,7 +209,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     _check_arguments("layer_norm", x, weight, bias, eps)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return _LayerNorm.apply(x, weight, bias, eps)
     return torch.ops.gpt2_kernels.layer_norm(x, weight, bias, eps)[0]
 

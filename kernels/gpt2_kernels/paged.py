@@ -1,7 +1,7 @@
 """Attention over a paged key-value cache (PagedAttention, Kwon et al., 2023), for decode and prefill alike.
 
-Queries of S sequences lie packed, (Nq, H, D): sequence s owns rows cu_seqlens_q[s]..cu_seqlens_q[s + 1], which are the
-last positions of its context_lens[s] keys. Its keys lie in the blocks that its row of the table names.
+Queries of S sequences lie packed, (Nq, H, D): sequence s owns rows cu_seqlens_q[s] up to cu_seqlens_q[s + 1], which are
+the last positions of its context_lens[s] keys. Its keys lie in the blocks that its row of the table names.
 Bytes of a decode step with element size s: 2 Hkv D s for each key in the context (1 FLOP a byte at H = Hkv), so a GPU is
 bound by reading the cache; everything else is small.
 
@@ -97,7 +97,9 @@ def paged_attention_kernel(
             j = start + n
             there = j < context
             block = tl.load(table_ptr + sequence * stride_table + j // block_size, mask=there, other=0).to(tl.int64)
-            tl.device_assert((block >= 0) & (block < num_blocks), "paged_attention: block outside the cache", mask=there)
+            tl.device_assert(
+                (block >= 0) & (block < num_blocks), "paged_attention: block outside the cache", mask=there
+            )
             offset = j % block_size
             inside = there[:, None] & d_inside
             k_at = block * stride_kb + offset * stride_kt + kv_head * stride_kh

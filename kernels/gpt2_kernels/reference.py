@@ -1,7 +1,7 @@
 """What every operator means, in plain PyTorch: the specification that kernels are tested against.
 
-Written for clarity: float32 inside (float64 where the input is), one rounding at the end. Shapes and arguments are those
-of the public functions of the same names; nothing is checked here.
+Written for clarity: float32 inside (float64 where the input is), one rounding at the end. Shapes and arguments are
+those of the public functions of the same names; nothing is checked here.
 """
 
 from __future__ import annotations
@@ -144,7 +144,12 @@ def gelu(x: Tensor, activation: str) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """activation(x weight^T + bias) + residual."""
     y = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
@@ -220,7 +225,9 @@ def sample(
     tokens = adjusted.argmax(dim=-1)
     drawn = (temperature > 0).nonzero().squeeze(1)  # the other rows are greedy
     if drawn.numel():
-        tokens[drawn] = _draw(adjusted[drawn], *(t[drawn] for t in (temperature, top_k, top_p, min_p, seeds, positions)))
+        tokens[drawn] = _draw(
+            adjusted[drawn], *(t[drawn] for t in (temperature, top_k, top_p, min_p, seeds, positions))
+        )
     logprobs = scores.gather(1, tokens[:, None]).squeeze(1) - log_total
     return tokens, logprobs, top
 

@@ -54,7 +54,32 @@ def sample(
         _check.index(op, "history", history, torch.bool, logits)
     if not 0 <= top_logprobs <= V:
         _check.fail(op, f"top_logprobs must lie in 0..{V}", top_logprobs)
-    row_arguments = dict(
+    if logits.device.type == "cpu" and S > 1:
+        # PyTorch's CPU loops round exp differently in the last few elements of a thread's share, so that a row's bits
+        # would depend on its place in the batch. Row by row they do not.
+        rows = [
+            sample(
+                logits[i : i + 1],
+                temperature=temperature[i : i + 1],
+                top_k=top_k[i : i + 1],
+                top_p=top_p[i : i + 1],
+                min_p=min_p[i : i + 1],
+                seeds=seeds[i : i + 1],
+                positions=positions[i : i + 1],
+                history=None if history is None else history[i : i + 1],
+                repetition_penalty=None if repetition_penalty is None else repetition_penalty[i : i + 1],
+                top_logprobs=top_logprobs,
+            )
+            for i in range(S)
+        ]
+        top = [r[2] for r in rows if r[2] is not None]
+        return (
+            torch.cat([r[0] for r in rows]),
+            torch.cat([r[1] for r in rows]),
+            (torch.cat([ids for ids, _ in top]), torch.cat([values for _, values in top])) if top else None,
+        )
+    return reference.sample(
+        logits,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -63,20 +88,5 @@ def sample(
         positions=positions,
         history=history,
         repetition_penalty=repetition_penalty,
+        top_logprobs=top_logprobs,
     )
-    if logits.device.type != "cpu" or S <= 1:
-        return reference.sample(logits, **row_arguments, top_logprobs=top_logprobs)
-    # PyTorch's CPU loops round exp differently in the last few elements of a thread's share, so that a row's bits would
-    # depend on its place in the batch. Row by row they do not.
-    rows = [
-        reference.sample(
-            logits[i : i + 1],
-            **{name: None if t is None else t[i : i + 1] for name, t in row_arguments.items()},
-            top_logprobs=top_logprobs,
-        )
-        for i in range(S)
-    ]
-    tokens, logprobs = torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
-    if not top_logprobs:
-        return tokens, logprobs, None
-    return tokens, logprobs, (torch.cat([r[2][0] for r in rows]), torch.cat([r[2][1] for r in rows]))

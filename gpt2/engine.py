@@ -1,0 +1,465 @@
+"""Batch generation: many requests at once over one paged key-value cache.
+
+    prompts -> Scheduler (ints) -> GPT2.forward_paged (tensors) -> sample -> tokens -> stop checks, text -> Completion
+
+Requests join and leave between steps (continuous batching, Yu et al., 2022). Every batch is ragged: no padding, so the
+tokens of a request are a function of the weights, its prompt and its parameters alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import gpt2_kernels as ops
+from gpt2.blocks import BlockPool
+from gpt2.model import GPT2, PagedBatch
+from gpt2.sampling import SamplingParams
+from gpt2.scheduler import Chunk, Scheduler
+from gpt2.scheduler import Sequence as Text
+from gpt2.text import TextStream
+from gpt2.tokenizer import END_OF_TEXT
+
+PREFILL_TOKENS = 2048  # most prompt tokens of one step, so that texts under way keep moving
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads sample numbers over the seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """A generated token's log-probability, and those of the likeliest tokens at its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One sample: its text, and its tokens with the one that ended it, if one did."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str  # "stop": end-of-text, a stop token or a stop string; "length": max_tokens; "abort"
+    logprobs: list[Logprob] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What became of one request: `n` outputs, in the order of their sample numbers."""
+
+    prompt_tokens: list[int]
+    outputs: list[Output]
+    request_id: int = -1
+    seed: int = 0  # that of the parameters, or the fresh one that was drawn
+
+
+@dataclasses.dataclass(eq=False)
+class _Sample:
+    """A sequence in the making."""
+
+    request: _Request
+    sequence: Text
+    seed: int  # int64
+    stream: TextStream
+    logprobs: list[Logprob]
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Request:
+    number: int
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    samples: list[_Sample] = dataclasses.field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return all(s.finish_reason is not None for s in self.samples)
+
+
+class Engine:
+    """Generates text for many prompts at once. Not for use from several threads.
+
+    model: a GPT2 in eval mode, whose device and dtype are used. tokenizer: None means token ids only, and texts "".
+    max_batch: most sequences that run together. num_blocks: size of the cache in blocks of block_size tokens; None
+    sizes it from free memory. prefix_caching: prompts that begin alike share the blocks of their common beginning.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        tokenizer: tiktoken.Encoding | None = None,
+        *,
+        max_batch: int = 256,
+        num_blocks: int | None = None,
+        block_size: int = 16,
+        prefix_caching: bool = True,
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("num_blocks", num_blocks), ("block_size", block_size)):
+            if name == "num_blocks" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Engine: {name} must be a positive integer, got {value!r}")
+        if tokenizer is not None and tokenizer.n_vocab > model.config.vocab_size:
+            raise ValueError(
+                f"Engine: the tokenizer's tokens must exist in the model ({model.config.vocab_size}), "
+                f"got {tokenizer.n_vocab}"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        config = model.config
+        block_shape = (config.n_head, block_size, config.head_dim)  # a head's rows side by side
+        if num_blocks is None:
+            # Two tensors a layer; no more than max_batch sequences of full length can ever use.
+            bytes_a_block = 2 * config.n_layer * config.n_embd * block_size * model.wte.weight.element_size()
+            most = max_batch * -(-config.n_positions // block_size)
+            num_blocks = max(1, min(most, int(_free_memory(model.device)) // bytes_a_block))
+        storage = torch.zeros((config.n_layer, 2, num_blocks, *block_shape), dtype=model.dtype, device=model.device)
+        self._cache = [(kv[0].transpose(1, 2), kv[1].transpose(1, 2)) for kv in storage]
+        self._scheduler = Scheduler(
+            BlockPool(num_blocks, block_size),
+            max_batch=max_batch,
+            prefill_tokens=PREFILL_TOKENS,
+            prefix_caching=prefix_caching,
+        )
+        self._requests: dict[int, _Request] = {}
+        self._sample_of: dict[Text, _Sample] = {}
+        self._ready: list[Completion] = []  # finished, not yet handed out by `step`
+        self._next_number = 0
+        self._prompt_tokens = 0
+        self._output_tokens = 0
+
+    # -- requests
+
+    def add(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> int:
+        """Queue a prompt (text, or token ids; empty means <|endoftext|>) and return the number of the request.
+
+        Raises ValueError, naming the option, where prompt and parameters do not fit the model.
+        """
+        request = self._request(prompt, params or SamplingParams())
+        for sample in request.samples:
+            if sample.sequence.max_length > sample.sequence.prompt_length:
+                self._scheduler.add(sample.sequence)
+                self._sample_of[sample.sequence] = sample
+            else:  # the prompt fills every position and on_overflow is "stop"
+                sample.finish_reason = "length"
+        self._next_number += 1
+        self._requests[request.number] = request
+        self._prompt_tokens += len(request.prompt)
+        self._hand_out(request)
+        return request.number
+
+    def abort(self, request_id: int) -> None:
+        """End a request: its Completion, as far as it got, comes with the next `step`. Unknown ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for sample in request.samples:
+            if sample.finish_reason is None:
+                self._finish(sample, "abort")
+        self._hand_out(request)
+
+    def step(self) -> list[Completion]:
+        """Compute one step for all running requests; returns those that it finished.
+
+        An error inside a step ends every request: their blocks are given back, the error is raised, and the engine can
+        be used again.
+        """
+        try:
+            self._advance()
+        except BaseException:
+            for request in list(self._requests.values()):
+                self.abort(request.number)
+            self._ready.clear()
+            raise
+        ready, self._ready = self._ready, []
+        return ready
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that have been added and not handed out yet."""
+        return len(self._requests) + len(self._ready)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start. Blocks that hold a known prefix and that nobody uses count as free."""
+        pool = self._scheduler.pool
+        return {
+            "num_blocks": pool.num_blocks,
+            "free_blocks": pool.free_blocks,
+            "prefix_hits": self._scheduler.prefix_hits,
+            "preemptions": 0,  # a sequence is admitted only with all the blocks it may need
+            "prompt_tokens": self._prompt_tokens,
+            "output_tokens": self._output_tokens,
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
+        }
+
+    # -- whole jobs
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Completions of all prompts, in their order; params are one for all, or one for each prompt.
+
+        Raises ValueError before any work where a prompt or its parameters do not fit, naming the prompt's number.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("Engine.generate: prompts must be a list, got one string")
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"Engine.generate: params must be one or one per prompt ({len(prompts)}), got {len(each)}")
+        added: list[int] = []
+        try:
+            for index, (prompt, own) in enumerate(zip(prompts, each)):
+                try:
+                    added.append(self.add(prompt, own))
+                except ValueError as e:
+                    raise ValueError(f"prompt {index}: {e}") from None
+            done: dict[int, Completion] = {}
+            others: list[Completion] = []
+            wanted = set(added)
+            with tqdm(total=len(added), desc="generate", unit="prompt", disable=not progress) as bar:
+                while len(done) < len(wanted):
+                    before = len(done)
+                    for completion in self.step():
+                        if completion.request_id in wanted:
+                            done[completion.request_id] = completion
+                        else:
+                            others.append(completion)
+                    bar.update(len(done) - before)
+            self._ready[:0] = others  # requests of other callers, for their next `step`
+            return [done[number] for number in added]
+        except BaseException:
+            self._drop(added)
+            raise
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
+        """Text of one sample as it comes, in whole characters. Closing the iterator ends the request."""
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"Engine.stream: n must be 1, got {params.n}")
+        if self.tokenizer is None:
+            raise ValueError("Engine.stream: a tokenizer is needed to make text, got None")
+        return self._stream(self.add(prompt, params))
+
+    def _stream(self, number: int) -> Iterator[str]:
+        request = self._requests.get(number)
+        sent = 0
+        try:
+            while request is not None and number in self._requests:
+                self._ready += self.step()
+                text = request.samples[0].stream.text
+                if len(text) > sent:
+                    yield text[sent:]
+                    sent = len(text)
+        finally:
+            self._drop([number])
+
+    def _drop(self, numbers: list[int]) -> None:
+        """End requests whose results nobody wants."""
+        for number in numbers:
+            self.abort(number)
+        self._ready = [c for c in self._ready if c.request_id not in set(numbers)]
+
+    # -- one request
+
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> _Request:
+        config = self.model.config
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"Engine: params must be SamplingParams, got {type(params).__name__}")
+        tokens = self._encode(prompt)
+        if len(tokens) > config.n_positions:
+            raise ValueError(f"Engine: a prompt must be at most {config.n_positions} tokens, got {len(tokens)}")
+        length = len(tokens) + params.max_tokens
+        if length > config.n_positions:
+            if params.on_overflow == "error":
+                raise ValueError(
+                    f"Engine: prompt and max_tokens must fit in {config.n_positions} positions, "
+                    f"got {len(tokens)} + {params.max_tokens} (on_overflow='stop' ends the text there instead)"
+                )
+            length = config.n_positions
+        if params.stop and self.tokenizer is None:
+            raise ValueError("Engine: stop strings need a tokenizer, got None")
+        if params.logprobs > config.vocab_size:
+            raise ValueError(f"Engine: logprobs must be at most {config.vocab_size}, got {params.logprobs}")
+        if bad := [t for t in params.stop_token_ids if t >= config.vocab_size]:
+            raise ValueError(f"Engine: stop_token_ids must be below {config.vocab_size}, got {bad[0]}")
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        request = _Request(self._next_number, tokens, params, seed)
+        for number in range(params.n):
+            leader = request.samples[0].sequence if number else None
+            sequence = Text(tokens=list(tokens), prompt_length=len(tokens), max_length=length, leader=leader)
+            stream = TextStream(self.tokenizer, params.stop)
+            request.samples.append(_Sample(request, sequence, _sample_seed(seed, number), stream, []))
+        return request
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("Engine: a prompt in text needs a tokenizer, got None")
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError("Engine: a prompt must be valid Unicode, got a lone surrogate") from None
+            tokens = self.tokenizer.encode(prompt, allowed_special={END_OF_TEXT}, disallowed_special=())
+        else:
+            tokens = list(prompt)
+            for token in tokens:
+                if (
+                    not isinstance(token, int)
+                    or isinstance(token, bool)
+                    or not 0 <= token < self.model.config.vocab_size
+                ):
+                    raise ValueError(
+                        f"Engine: token ids must be integers in 0..{self.model.config.vocab_size - 1}, got {token!r}"
+                    )
+        return tokens or [self.model.config.eos_token_id]
+
+    # -- one step
+
+    def _advance(self) -> None:
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return
+        hidden = self.model.forward_paged(self._batch(chunks), self._cache)
+        self._scheduler.commit(chunks)
+        # A token is drawn where a chunk reached the end of its text; other chunks are parts of long prompts.
+        ends = torch.tensor([c.last - c.first for c in chunks]).cumsum(0) - 1
+        complete = [i for i, c in enumerate(chunks) if c.is_complete]
+        if complete:
+            rows = ends[complete].to(hidden.device)
+            self._sample([self._sample_of[chunks[i].sequence] for i in complete], self.model.logits(hidden[rows]))
+
+    def _batch(self, chunks: list[Chunk]) -> PagedBatch:
+        size = self._scheduler.pool.block_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for c in chunks:
+            blocks = c.sequence.blocks
+            tokens += c.sequence.tokens[c.first : c.last]
+            positions += range(c.first, c.last)
+            slots += [blocks[t // size] * size + t % size for t in range(c.first, c.last)]
+            starts.append(len(tokens))
+        widest = max(len(c.sequence.blocks) for c in chunks)
+        table = [c.sequence.blocks + [0] * (widest - len(c.sequence.blocks)) for c in chunks]
+
+        def int64(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self.model.device)
+
+        def int32(values: list) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.model.device)
+
+        return PagedBatch(
+            tokens=int64(tokens),
+            positions=int64(positions),
+            slots=int64(slots),
+            block_table=int32(table),
+            context_lens=int32([c.last for c in chunks]),
+            cu_seqlens=int32(starts),
+            max_seqlen=max(c.last - c.first for c in chunks),
+        )
+
+    def _sample(self, samples: list[_Sample], logits: Tensor) -> None:
+        """Draw a token for each sample from its row of logits, and finish those that it ends."""
+        params = [s.request.params for s in samples]
+
+        def row(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=logits.device)
+
+        penalties = [p.repetition_penalty for p in params]
+        history = penalty = None
+        if any(p != 1.0 for p in penalties):
+            penalty = row(penalties, torch.float32)
+            history = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            for i, s in enumerate(samples):
+                history[i, s.sequence.tokens] = True
+        tokens, logprobs, top = ops.sample(
+            logits,
+            temperature=row([p.temperature for p in params], torch.float32),
+            top_k=row([p.top_k for p in params], torch.int64),
+            top_p=row([p.top_p for p in params], torch.float32),
+            min_p=row([p.min_p for p in params], torch.float32),
+            seeds=row([s.seed for s in samples], torch.int64),
+            positions=row([len(s.sequence.tokens) for s in samples], torch.int64),
+            history=history,
+            repetition_penalty=penalty,
+            top_logprobs=max(p.logprobs for p in params),
+        )
+        chosen, own = tokens.tolist(), logprobs.tolist()
+        ids, values = ([], []) if top is None else (top[0].tolist(), top[1].tolist())
+        for i, s in enumerate(samples):
+            if wanted := s.request.params.logprobs:
+                likeliest = tuple(zip(ids[i][:wanted], values[i][:wanted]))
+                s.logprobs.append(Logprob(chosen[i], own[i], likeliest))
+            self._take(s, chosen[i])
+
+    def _take(self, sample: _Sample, token: int) -> None:
+        params, sequence = sample.request.params, sample.sequence
+        sequence.tokens.append(token)
+        self._output_tokens += 1
+        is_end = token == self.model.config.eos_token_id and not params.ignore_eos
+        if is_end or token in params.stop_token_ids:
+            self._finish(sample, "stop")
+        else:
+            sample.stream.push(token)
+            if sample.stream.stopped:
+                self._finish(sample, "stop")
+            elif len(sequence.tokens) == sequence.max_length:
+                self._finish(sample, "length")
+        self._hand_out(sample.request)
+
+    def _finish(self, sample: _Sample, reason: str) -> None:
+        sample.stream.finish()
+        sample.finish_reason = "stop" if sample.stream.stopped else reason
+        self._sample_of.pop(sample.sequence, None)
+        self._scheduler.remove(sample.sequence)
+
+    def _hand_out(self, request: _Request) -> None:
+        """Once all samples of a request are finished, put its Completion where `step` finds it."""
+        if not request.done or request.number not in self._requests:
+            return
+        del self._requests[request.number]
+        outputs = [
+            Output(
+                text=s.stream.text,
+                tokens=s.sequence.tokens[s.sequence.prompt_length :],
+                finish_reason=s.finish_reason or "abort",
+                logprobs=s.logprobs if request.params.logprobs else None,
+            )
+            for s in request.samples
+        ]
+        self._ready.append(Completion(request.prompt, outputs, request.number, request.seed))
+
+
+def _sample_seed(seed: int, number: int) -> int:
+    """The seed of sample `number` of a request, as an int64; sample 0 has the request's own."""
+    mixed = (seed ^ (number * GOLDEN)) & (2**64 - 1)
+    return mixed - 2**64 if mixed >= 2**63 else mixed
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that the cache may take: most of what a GPU has free, or a third of what a computer has."""
+    if device.type == "cuda":
+        return 0.85 * torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = (
+            8 * 2**30 if not hasattr(os, "sysconf") else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        )
+    return available / 3

@@ -1,0 +1,229 @@
+"""GPT-2 on the operators of `gpt2_kernels`: a thin module, one page of model code.
+
+The same blocks serve two ways of running. `forward` takes whole sequences (B, T), for training and evaluation.
+`forward_paged` takes packed tokens of many sequences (N,) and a paged key-value cache, for generation: what earlier
+tokens computed is read from the cache, so a new token costs one row. Only attention differs between the two.
+
+Parameter names are those of the published checkpoints; `gpt2.reference.ReferenceGPT2` is the same model in plain
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gpt2_kernels as ops
+from gpt2 import weights
+from gpt2.config import GPT2Config
+from gpt2.reference import initialize
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (..., H, D) -> (..., H, D)
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedBatch:
+    """Packed tokens of S sequences, and where their keys and values lie. All tensors on the model's device."""
+
+    tokens: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64, of each token in its own sequence
+    slots: Tensor  # (N,) int64, where each token's key and value go
+    block_table: Tensor  # (S, max_blocks) int32
+    context_lens: Tensor  # (S,) int32, tokens in the cache once these are in
+    cu_seqlens: Tensor  # (S + 1,) int32, first row of each sequence
+    max_seqlen: int  # most rows of one sequence; 1 is decode
+
+
+class SelfAttention(nn.Module):
+    """The two projections around attention."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.heads = (3, config.n_head, config.head_dim)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, residual: Tensor, attend: Attend) -> Tensor:
+        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, self.heads)  # (..., 3, H, D)
+        q, k, v = qkv.unbind(-3)  # three views, no copy
+        return ops.linear(attend(q, k, v).flatten(-2), self.c_proj.weight, self.c_proj.bias, residual=residual)
+
+
+class MLP(nn.Module):
+    """The weights of the GELU MLP."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        w1, w2 = self.c_fc, self.c_proj
+        return ops.gelu_mlp(x, w1.weight, w1.bias, w2.weight, w2.bias, approximate=self.approximate, residual=residual)
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each on a normalised copy of the stream and added to it."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = SelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = self.attn(_normalize(self.ln_1, x), x, attend)
+        return self.mlp(_normalize(self.ln_2, x), x)
+
+
+def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+class GPT2(nn.Module):
+    """GPT-2 with fused operators; `config` gives its shape, `from_pretrained` its weights."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        initialize(self, config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.wte.weight.dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) of token ids (B, T) int64: row t scores what may follow tokens[:, :t + 1].
+
+        Raises ValueError where T is larger than the config's n_positions or tokens are not (B, T).
+        """
+        return self.logits(self._hidden(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of targets (B, T) int64, where -100 is left out."""
+        if targets.shape != tokens.shape:
+            raise ValueError(f"GPT2.loss: targets must be the shape of tokens, got {targets.shape} and {tokens.shape}")
+        logits = self.forward(tokens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        if tokens.dim() != 2 or tokens.shape[1] > self.config.n_positions:
+            raise ValueError(
+                f"GPT2: tokens must be (B, T) with T <= {self.config.n_positions}, got {tuple(tokens.shape)}"
+            )
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        for layer, block in enumerate(self.h):
+            scale = self.config.attention_scale(layer)
+            x = block(x, lambda q, k, v, scale=scale: ops.attention(q, k, v, scale=scale))
+        return _normalize(self.ln_f, x)
+
+    @torch.no_grad()
+    def forward_paged(self, batch: PagedBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Final hidden states (N, C) of packed tokens; their keys and values are written to the cache.
+
+        `cache` holds (keys, values) for each layer, (num_blocks, block_size, H, D).
+        """
+        x = self.wte(batch.tokens) + self.wpe(batch.positions)
+        for layer, block in enumerate(self.h):
+            k_cache, v_cache = cache[layer]
+            scale = self.config.attention_scale(layer)
+
+            def attend(
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                k_cache: Tensor = k_cache,
+                v_cache: Tensor = v_cache,
+                scale: float = scale,
+            ) -> Tensor:
+                ops.append_kv_(k, v, k_cache, v_cache, batch.slots)
+                return ops.paged_attention(
+                    q,
+                    k_cache,
+                    v_cache,
+                    batch.block_table,
+                    batch.context_lens,
+                    batch.cu_seqlens,
+                    batch.max_seqlen,
+                    scale=scale,
+                )
+
+            x = block(x, attend)
+        return _normalize(self.ln_f, x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) of every token: the output embedding is the input embedding."""
+        return ops.linear(hidden, self.wte.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 40,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+    ) -> list[int]:
+        """Continue one sequence naively, the whole of it computed anew for each token: the oracle of `gpt2.Engine`.
+
+        Stops after <|endoftext|>, which is the last token then, or after `max_tokens`. temperature 0 is greedy.
+        """
+        text = list(tokens) or [self.config.eos_token_id]
+        start = len(text)
+        if start + max_tokens > self.config.n_positions:
+            raise ValueError(
+                f"GPT2.generate: prompt and max_tokens must fit in {self.config.n_positions} positions, "
+                f"got {start} + {max_tokens}"
+            )
+        device = self.device
+        for _ in range(max_tokens):
+            chosen, _, _ = ops.sample(
+                self(torch.tensor([text], device=device))[:, -1],
+                temperature=torch.tensor([temperature], dtype=torch.float32, device=device),
+                top_k=torch.tensor([top_k], device=device),
+                top_p=torch.tensor([top_p], dtype=torch.float32, device=device),
+                min_p=torch.tensor([min_p], dtype=torch.float32, device=device),
+                seeds=torch.tensor([seed], device=device),
+                positions=torch.tensor([len(text)], device=device),
+            )
+            text.append(int(chosen))
+            if text[-1] == self.config.eos_token_id:
+                break
+        return text[start:]
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> GPT2:
+        """The model of a preset name or of a local folder in Hugging Face's format, ready to generate.
+
+        Names: "storybook" (ships with the package), "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (from the Hugging
+        Face hub, with the extra `hub`). A folder needs a path separator in its name, like "./gpt2". device is the GPU
+        where there is one; dtype is that of the file unless given (float32, float16, bfloat16).
+        Raises ValueError, naming what is wrong, for an unknown name, a broken file or tensors that do not fit.
+        """
+        if dtype == torch.float64:
+            raise ValueError("GPT2.from_pretrained: dtype must be float32, float16 or bfloat16, got torch.float64")
+        return weights.load(cls, name_or_path, device=device, dtype=dtype)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors, a folder that transformers and `from_pretrained` load."""
+        weights.save(self, self.config, path)

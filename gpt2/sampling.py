@@ -1,0 +1,71 @@
+"""How the next token is chosen, and when a text ends: the parameters of a request."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+MAX_STOP_STRINGS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """Parameters of one request; every value is checked when it is made, and a bad one raises ValueError."""
+
+    max_tokens: int = 64  # most tokens to generate
+    temperature: float = 1.0  # divides the logits; 0 is greedy
+    top_k: int = 40  # only the k likeliest tokens; 0 is off
+    top_p: float = 1.0  # only the fewest tokens whose probabilities reach it; 1 is off
+    min_p: float = 0.0  # only tokens at least this share of the likeliest one's probability; 0 is off
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the text so far become less likely
+    seed: int | None = None  # same seed, same text; None draws a fresh one, which the Completion reports
+    n: int = 1  # samples of the same prompt; sample i draws with (seed, i, position)
+    stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end it, besides <|endoftext|>
+    ignore_eos: bool = False  # write on after <|endoftext|>
+    logprobs: int = 0  # report this many of the likeliest tokens at each place; 0 is off
+    on_overflow: str = "error"  # prompt + max_tokens beyond the context: "error" refuses, "stop" ends the text there
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                _fail(name, "a list or tuple", value)
+            object.__setattr__(self, name, tuple(value))
+        for name, is_right, rule in _RULES:
+            if not is_right(getattr(self, name)):
+                _fail(name, rule, getattr(self, name))
+
+
+def _fail(name: str, rule: str, value: Any) -> None:
+    raise ValueError(f"SamplingParams: {name} must be {rule}, got {value!r}")
+
+
+def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+
+
+def _number(is_right: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and is_right(v)
+
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("max_tokens", _integer(1), "an integer of at least 1"),
+    ("temperature", _number(lambda v: v >= 0), "a number of at least 0"),
+    ("top_k", _integer(0), "an integer of at least 0"),
+    ("top_p", _number(lambda v: 0 < v <= 1), "a number in (0, 1]"),
+    ("min_p", _number(lambda v: 0 <= v <= 1), "a number in [0, 1]"),
+    ("repetition_penalty", _number(lambda v: v > 0), "a number above 0"),
+    ("seed", lambda v: v is None or _integer(0, 2**63 - 1)(v), "None or an integer in 0..2^63 - 1"),
+    ("n", _integer(1), "an integer of at least 1"),
+    ("stop", lambda v: len(v) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings"),
+    ("stop", lambda v: all(isinstance(s, str) and s for s in v), "strings that are not empty"),
+    ("stop_token_ids", lambda v: all(_integer(0)(t) for t in v), "integers of at least 0"),
+    ("ignore_eos", lambda v: isinstance(v, bool), "True or False"),
+    ("logprobs", _integer(0), "an integer of at least 0"),
+    ("on_overflow", lambda v: v in ("error", "stop"), "'error' or 'stop'"),
+)
