@@ -2,7 +2,7 @@
 
 Queries of S sequences lie packed, (Nq, H, D): sequence s owns rows cu_seqlens_q[s] up to cu_seqlens_q[s + 1], which are
 the last positions of its context_lens[s] keys. Its keys lie in the blocks that its row of the table names.
-Bytes of a decode step with element size s: 2 Hkv D s for each key in the context (1 FLOP a byte at H = Hkv), so a GPU is
+Bytes of a decode step with element size s: 2 Hkv D s for each key in the context, 1 FLOP a byte at H = Hkv: a GPU is
 bound by reading the cache; everything else is small.
 
 A query's result depends on its own row and its own keys alone: tiles are cut by the position of the key, never by
