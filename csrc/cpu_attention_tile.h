@@ -319,7 +319,7 @@ static void attend_tile(const AttentionShape& shape, const Pointers<T>& data, co
       std::memcpy(values, next_values, sizeof(values));
     }
     // Blocks lie anywhere in memory, so the hardware does not foresee them; asked for one chunk ahead, they come from
-    // memory about twice as fast.
+    // memory faster (8 sequences of 1024 keys, larger than the caches: 1.3 to 2 times).
     const int64_t next = chunk + kChunk;
     if (next < end) {
       const int next_last = next + kChunk > end ? int(end - next) : kChunk;

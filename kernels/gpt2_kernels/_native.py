@@ -191,8 +191,8 @@ def _cache_folders() -> Iterator[Path]:
 
 def _find_valid(folder: Path, stem: str) -> Path | None:
     """A library whose content still has the digest in its name. dlopen itself would crash on a truncated one."""
-    for library in sorted(folder.glob(f"{stem}-*.so")):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a folder that may not be read
+        for library in sorted(folder.glob(f"{stem}-*.so")):
             if library.name == _library_name(stem, library):
                 return library
             library.unlink()
