@@ -35,6 +35,8 @@ struct BFloat16Bits {
   uint16_t bits;
 };
 
+GPT2K_INLINE float to_float(float x) { return x; }
+
 GPT2K_INLINE float to_float(BFloat16Bits x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float result;
@@ -98,7 +100,9 @@ using MakeInts = typename MakeIntsFrom<N>::Type;  // 0, 1 ... N - 1
 
 namespace portable {
 #define GPT2K_LANES 4
+#include "cpu_lanes.h"
 #include "cpu_attention_tile.h"
+#include "cpu_gelu_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
 }  // namespace portable
@@ -113,7 +117,9 @@ namespace portable {
 #endif
 namespace avx2 {
 #define GPT2K_LANES 8
+#include "cpu_lanes.h"
 #include "cpu_attention_tile.h"
+#include "cpu_gelu_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
 }  // namespace avx2
@@ -128,7 +134,9 @@ namespace avx2 {
 #endif
 namespace avx512 {
 #define GPT2K_LANES 16
+#include "cpu_lanes.h"
 #include "cpu_attention_tile.h"
+#include "cpu_gelu_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
 }  // namespace avx512
@@ -169,6 +177,15 @@ TileFunction<T> choose_tile_function() {
   if (simd_level_in_use() == 1) return avx2::attend_tile<T>;
 #endif
   return portable::attend_tile<T>;
+}
+
+template <class T>
+auto choose_gelu_function() -> void (*)(T*, int64_t) {
+#if defined(__x86_64__)
+  if (simd_level_in_use() == 2) return avx512::gelu_tanh_range<T>;
+  if (simd_level_in_use() == 1) return avx2::gelu_tanh_range<T>;
+#endif
+  return portable::gelu_tanh_range<T>;
 }
 
 struct Sequences {  // int32 vectors of any stride

@@ -1,5 +1,6 @@
-// The CPU operators of gpt2_kernels: paged attention over a block cache, and the write of new keys and values into it.
-// Checks and registration; cpu_attention.h splits the work, cpu_attention_tile.h holds the arithmetic.
+// The CPU operators of gpt2_kernels: paged attention over a block cache, the write of new keys and values into it, and
+// GELU. Checks and registration; cpu_attention.h splits the work, cpu_attention_tile.h and cpu_gelu_tile.h hold the
+// arithmetic over the registers of cpu_lanes.h.
 //
 // Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.13;
 // compiled at first use by gpt2_kernels/_native.py, which says why.
@@ -9,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -184,6 +186,32 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
+template <class T>
+void gelu_all(T* x, int64_t count, bool tanh) {
+  const auto gelu_range = choose_gelu_function<T>();
+  torch::stable::parallel_for(0, count, 16 << 10, [&](int64_t begin, int64_t end) {
+    if (tanh) {
+      gelu_range(x + begin, end - begin);
+    } else {
+      for (int64_t i = begin; i < end; ++i) {
+        const float value = to_float(x[i]);
+        store_rounded(x + i, 0.5f * value * (1.0f + std::erf(value * 0.707106781f)));
+      }
+    }
+  });
+}
+
+// x of any shape, contiguous, becomes gelu(x): by tanh, or by erf.
+void gelu_(const Tensor& x, bool tanh) {
+  check_float("gelu_", "x", x);
+  STD_TORCH_CHECK(x.is_contiguous(), "gelu_: x must be contiguous");
+  if (x.scalar_type() == ScalarType::Float) {
+    gelu_all(static_cast<float*>(x.mutable_data_ptr()), x.numel(), tanh);
+  } else {
+    gelu_all(static_cast<BFloat16Bits*>(x.mutable_data_ptr()), x.numel(), tanh);
+  }
+}
+
 // For tests and reports: lowers the instruction set to at most `limit` and returns the one in use (0 portable, 1 AVX2,
 // 2 AVX-512).
 int64_t simd_level(int64_t limit) {
@@ -198,12 +226,14 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens, "
       "Tensor cu_seqlens_q, float scale, int window) -> Tensor");
+  m.def("gelu_(Tensor(a!) x, bool tanh) -> ()");
   m.def("simd_level(int limit) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
   m.impl("append_kv_", TORCH_BOX(&append_kv_));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("gelu_", TORCH_BOX(&gelu_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CompositeExplicitAutograd, m) {

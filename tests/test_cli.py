@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from checkpoints import random_checkpoint, tiny_config
 from conftest import ROOT
+
 from gpt2 import GPT2, Engine, SamplingParams, cli, load_tokenizer
 from gpt2.tokenizer import STORYBOOK
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
+from gpt2_kernels import _native
 
 SHAPES = [
     (1, 96, 80),  # one row: decode
@@ -90,17 +91,26 @@ def test_empty(path: torch.device) -> None:
     assert ops.linear(x, weight[:0], bias[:0]).shape == (1, 0)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_batch_invariant(path: torch.device, dtype: torch.dtype) -> None:
+def test_batch_invariant(path: torch.device, dtype: torch.dtype, threads: int, request: pytest.FixtureRequest) -> None:
     """A row has the same bits alone and among any others: what the engine's promise rests on.
 
-    On a CPU this is a property of the installed PyTorch, which this test checks.
+    On a CPU this is a property of the installed PyTorch, whatever its number of threads, and of our GELU.
     """
-    x, weight, bias, residual = inputs(path, dtype, 67, 128, 130)
-    together = ops.linear(x, weight, bias, activation="gelu_tanh", residual=residual)
-    for size in (1, 33) if ops.path_of("linear", path.type).startswith("Triton") else (1, 2, 3, 5, 16, 33):
+    on_kernel = ops.path_of("linear", path.type).startswith("Triton")
+    if on_kernel and threads > 1:
+        pytest.skip("threads are the CPU path's")
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(threads)
+    # 67 x 500 elements: more than one thread's share of an elementwise operation, which ends inside a row
+    x, weight, bias, residual = inputs(path, dtype, 67, 128, 130 if on_kernel else 500)
+    activation = "gelu_tanh" if on_kernel or _native.load() else None
+    together = ops.linear(x, weight, bias, activation=activation, residual=residual)
+    for size in (1, 33) if on_kernel else (1, 2, 3, 5, 6, 11, 16, 33):
         apart = [
-            ops.linear(a, weight, bias, activation="gelu_tanh", residual=r)
+            ops.linear(a, weight, bias, activation=activation, residual=r)
             for a, r in zip(x.split(size), residual.split(size))
         ]
         assert torch.equal(torch.cat(apart), together), f"in batches of {size}"

@@ -500,3 +500,35 @@ def test_a_shared_temporary_folder_is_not_trusted(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     private.symlink_to(tmp_path / "elsewhere")
     assert list(_native._cache_folders()) == [home]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tanh", [True, False], ids=["tanh", "erf"])
+def test_gelu(dtype: torch.dtype, tanh: bool) -> None:
+    """Against float64, over the whole range; and each value by itself, so that no place in the tensor matters."""
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0, 3e4, -3e4, 1e20, -1e20, torch.inf])
+    x = torch.cat([torch.linspace(-9, 9, 1003), torch.randn(40_000), ends]).to(dtype)
+    y = x.clone()
+    _native.ops().gelu_(y, tanh)
+    approximate = "tanh" if tanh else "none"
+    truth = torch.nn.functional.gelu(x.double(), approximate=approximate)
+    theirs = torch.nn.functional.gelu(x, approximate=approximate)
+    finite = truth.isfinite()
+    assert torch.equal(y[~finite].double(), truth[~finite])
+    error = ((y.double() - truth).abs() / truth.abs().clamp_min(1e-3))[finite].max().item()
+    allowed = ((theirs.double() - truth).abs() / truth.abs().clamp_min(1e-3))[finite].max().item()
+    assert error <= 2 * allowed + torch.finfo(dtype).eps
+    for size in (1, 7, 1000, 16 << 10):
+        part = x[5 : 5 + size].clone()
+        _native.ops().gelu_(part, tanh)
+        assert torch.equal(part, y[5 : 5 + size])
+
+
+def test_gelu_keeps_nan_and_refuses_what_it_cannot_do() -> None:
+    x = torch.tensor([torch.nan, 1.0])
+    _native.ops().gelu_(x, True)
+    assert x[0].isnan() and not x[1].isnan()
+    with pytest.raises(RuntimeError, match="gelu_: x must be contiguous"):
+        _native.ops().gelu_(torch.randn(4, 4).T, True)
+    with pytest.raises(RuntimeError, match="gelu_: x must be float32 or bfloat16, got float16"):
+        _native.ops().gelu_(torch.randn(4).half(), True)

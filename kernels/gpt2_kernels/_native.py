@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 SOURCE = "cpu_ops.cpp"
-HEADERS = ("cpu_attention.h", "cpu_attention_tile.h")
+HEADERS = ("cpu_attention.h", "cpu_attention_tile.h", "cpu_gelu_tile.h", "cpu_lanes.h")
 COMPILERS = ("c++", "g++", "clang++")  # after $CXX
 FLAGS = (
     "-std=c++17",
@@ -74,7 +74,7 @@ def status() -> str:
 
 
 def ops() -> Any:
-    """The namespace `torch.ops.gpt2_kernels_cpu` with `append_kv_` and `paged_attention`.
+    """The namespace `torch.ops.gpt2_kernels_cpu` with `append_kv_`, `paged_attention` and `gelu_`.
 
     Raises RuntimeError with `status()` where the operators are not to be had: ask `load()` first.
     """
@@ -251,6 +251,7 @@ def _load_library(library: Path) -> Path:
     torch.ops.load_library(str(library))
     torch.library.register_fake("gpt2_kernels_cpu::append_kv_", _fake_append_kv)
     torch.library.register_fake("gpt2_kernels_cpu::paged_attention", _fake_paged_attention)
+    torch.library.register_fake("gpt2_kernels_cpu::gelu_", lambda x, tanh: None)
     return library
 
 

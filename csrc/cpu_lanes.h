@@ -1,0 +1,56 @@
+// One register of floats: loads, stores, a multiply-add and an exponential, the same bits in every lane and on every
+// instruction set. Included once per instruction set, each time inside another namespace and with another GPT2K_LANES
+// (floats per register: 16 AVX-512, 8 AVX2, 4 anywhere), so there is no include guard.
+
+constexpr int kLanes = GPT2K_LANES;
+
+typedef float Lanes __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntLanes __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t BitLanes __attribute__((vector_size(kLanes * 4)));
+typedef float LanesInMemory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t HalfLanesInMemory __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+GPT2K_INLINE Lanes load(const float* source) { return *reinterpret_cast<const LanesInMemory*>(source); }
+
+GPT2K_INLINE Lanes load(const BFloat16Bits* source) {  // bfloat16 is the upper half of a float32
+  const HalfLanes half = *reinterpret_cast<const HalfLanesInMemory*>(source);
+  return (Lanes)(__builtin_convertvector(half, BitLanes) << 16);
+}
+
+GPT2K_INLINE void store(float* target, Lanes x) { *reinterpret_cast<LanesInMemory*>(target) = x; }
+
+GPT2K_INLINE Lanes broadcast(float x) { return x - Lanes{}; }  // x - 0, since x + 0 turns -0 into 0
+
+GPT2K_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+#if GPT2K_LANES == 16
+  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif GPT2K_LANES == 8
+  return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Lanes)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// exp(x) for x <= 0 to about one unit in the last place: 2^n * exp(r) with |r| <= ln(2) / 2. Below -87.3, where float32
+// turns subnormal, it is 0; NaN stays NaN because the power of two is applied by a multiplication.
+GPT2K_INLINE Lanes exponential(Lanes x) {
+  const Lanes lowest = broadcast(-87.3f);
+  const Lanes clamped = x < lowest ? lowest : x;
+  const Lanes magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the lowest bits
+  const Lanes shifted = multiply_add(clamped, broadcast(1.44269504088896341f), magic);
+  const Lanes n = shifted - magic;
+  Lanes r = multiply_add(n, broadcast(-0.693359375f), clamped);  // ln(2) in two parts, the first exact in few bits
+  r = multiply_add(n, broadcast(2.12194440e-4f), r);
+  Lanes p = broadcast(1.9875691500e-4f);  // the polynomial of Cephes' expf
+  p = multiply_add(p, r, broadcast(1.3981999507e-3f));
+  p = multiply_add(p, r, broadcast(8.3334519073e-3f));
+  p = multiply_add(p, r, broadcast(4.1665795894e-2f));
+  p = multiply_add(p, r, broadcast(1.6666665459e-1f));
+  p = multiply_add(p, r, broadcast(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r) + 1.0f;
+  const Lanes power = (Lanes)(((BitLanes)shifted << 23) + 0x3f800000u);
+  return x < lowest ? Lanes{} : p * power;
+}
