@@ -71,6 +71,11 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(rows, C) with a dense last axis: a view where the leading axes merge into one, else a copy."""
+    return unit_last_stride(x.reshape(-1, x.shape[-1]))
+
+
 def tile_for(table: Mapping[tuple[int, int], Tile], tensor: Tensor) -> Tile:
     """The row of a launch table keyed by (element size, head dimension up to)."""
     return next(

@@ -78,11 +78,13 @@ def triton_on_cpu() -> bool:
     return _forced == "triton" or (_forced is None and interpreting())
 
 
-def native() -> bool:
-    """Whether CPU tensors go to the compiled extension; builds it at the first question."""
+def native(tensor: torch.Tensor) -> bool:
+    """Whether an operation on `tensor` goes to the compiled extension; builds it at the first question."""
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16) or _forced == "torch":
+        return False
     if _forced == "native" and not _native.load():
         raise RuntimeError(f"the compiled operators were asked for: {_native.status()}")
-    return _forced != "torch" and _native.load()
+    return _native.load()
 
 
 def path_of(op: str, device: str) -> str:
@@ -95,7 +97,7 @@ def path_of(op: str, device: str) -> str:
         return "Triton kernel, interpreted"
     if OPS[op] == "torch":
         return "PyTorch"
-    return "compiled C++" if native() else f"PyTorch ({_native.status()})"
+    return "compiled C++" if native(torch.empty(0)) else f"PyTorch ({_native.status()})"
 
 
 def register(
@@ -125,7 +127,15 @@ def register(
                 )
         return triton_impl(*args)
 
+    def on_cuda(*args: Any) -> Any:
+        # Triton launches on the current device, which need not be that of the tensors; the first argument is one.
+        device = args[0].device
+        if device.index == torch.cuda.current_device():
+            return triton_impl(*args)
+        with torch.cuda.device(device):
+            return triton_impl(*args)
+
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, triton_impl if HAS_TRITON else cpu_impl, "CUDA")
+    library.impl(name, on_cuda if HAS_TRITON else cpu_impl, "CUDA")
     library.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"gpt2_kernels::{name}", fake, lib=library)

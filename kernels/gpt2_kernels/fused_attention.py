@@ -233,6 +233,8 @@ def _plain(q: Tensor, k: Tensor, causal: bool, window: int) -> bool:
     heads, aligns the causal mask top-left, and keeps float16 scores in float16."""
     same_length = q.shape[1] == k.shape[1] or not causal
     not_empty = q.numel() > 0 and k.numel() > 0
+    if q.device.type != "cpu":
+        return False
     return not window and q.shape[2] == k.shape[2] and same_length and not_empty and q.dtype != torch.float16
 
 
@@ -279,7 +281,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         causal, scale, window = ctx.options
-        if q.device.type == "cpu" and _plain(q, k, causal, window):
+        if _plain(q, k, causal, window):
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *_dense_heads_first(grad, q, k, v, out), lse, 0.0, causal, scale=scale
             )

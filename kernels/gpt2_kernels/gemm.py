@@ -107,9 +107,9 @@ def _linear_triton(
 ) -> Tensor:
     del batch_invariant  # this kernel always is
     N, K = weight.shape
-    rows = _rows(x)
+    rows = _check.as_rows(x)
     weight = _check.unit_last_stride(weight)
-    other = None if residual is None else _rows(residual)
+    other = None if residual is None else _check.as_rows(residual)
     M = rows.shape[0]
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     if M and N:
@@ -142,11 +142,6 @@ def _linear_triton(
     return y
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(M, K) with a unit last stride: a view where the leading axes merge into one, else a copy."""
-    return _check.unit_last_stride(x.reshape(-1, x.shape[-1]))
-
-
 # PyTorch's CPU libraries cut the rows among threads and take another routine, with another order of additions, where a
 # thread's share ends in fewer than four: with two threads, 5 rows give other bits than 8. Multiples of four never do.
 ROW_MULTIPLE = 4
@@ -168,7 +163,7 @@ def _linear_cpu(
 
 def _gelu_cpu(y: Tensor, activation: str) -> Tensor:
     # PyTorch's own GELU rounds differently in the last few elements of a thread's share, the compiled one nowhere.
-    if y.dtype == torch.float16 or not _runtime.native():
+    if not _runtime.native(y):
         return reference.gelu(y, activation)
     _native.ops().gelu_(y, activation == "gelu_tanh")
     return y

@@ -79,7 +79,7 @@ def _append_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots
 
 
 def _append_cpu(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    if k.dtype != torch.float16 and _runtime.native():
+    if _runtime.native(k):
         k, v = _check.unit_last_stride(k), _check.unit_last_stride(v)
         _native.ops().append_kv_(k, v, k_cache, v_cache, slots)
         return

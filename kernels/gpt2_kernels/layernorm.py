@@ -68,7 +68,7 @@ def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     C = x.shape[-1]
-    rows, other = _rows(x), None if residual is None else _rows(residual)
+    rows, other = _check.as_rows(x), None if residual is None else _check.as_rows(residual)
     R = rows.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
@@ -94,11 +94,6 @@ def _launch(
             num_warps=next(warps for width, warps in WARPS if C <= width),
         )
     return y, total, mean, rstd
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(R, C) with a unit last stride: a view where the leading axes merge into one, else a copy."""
-    return _check.unit_last_stride(x.reshape(-1, x.shape[-1]))
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -183,7 +183,7 @@ def _paged_cpu(
     scale: float,
     window: int,
 ) -> Tensor:
-    if q.dtype != torch.float16 and _runtime.native():
+    if _runtime.native(q):
         q = _check.unit_last_stride(q)
         return _native.ops().paged_attention(
             q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, window
