@@ -122,7 +122,8 @@ class Engine:
             bytes_a_block = 2 * config.n_layer * config.n_embd * block_size * model.wte.weight.element_size()
             most = max_batch * -(-config.n_positions // block_size)
             num_blocks = max(1, min(most, int(_free_memory(model.device)) // bytes_a_block))
-        storage = torch.zeros((config.n_layer, 2, num_blocks, *block_shape), dtype=model.dtype, device=model.device)
+        # Not filled: a slot is written before it is read, and untouched pages cost a CPU no memory.
+        storage = torch.empty((config.n_layer, 2, num_blocks, *block_shape), dtype=model.dtype, device=model.device)
         self._cache = [(kv[0].transpose(1, 2), kv[1].transpose(1, 2)) for kv in storage]
         self._scheduler = Scheduler(
             BlockPool(num_blocks, block_size),
@@ -176,9 +177,10 @@ class Engine:
         try:
             self._advance()
         except BaseException:
+            finished = self._ready[:]
             for request in list(self._requests.values()):
                 self.abort(request.number)
-            self._ready.clear()
+            self._ready = finished  # nothing that was done before is lost
             raise
         ready, self._ready = self._ready, []
         return ready

@@ -119,6 +119,12 @@ def test_top_k_larger_than_the_vocabulary() -> None:
     assert torch.equal(draw(logits, top_k=100, seeds=seeds)[0], draw(logits, seeds=seeds)[0])
 
 
+def test_a_tiny_temperature_is_nearly_greedy() -> None:
+    logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    tokens, _, _ = draw(logits, temperature=1e-30, seeds=list(range(40)))
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
 def test_repetition_penalty() -> None:
     logits = torch.tensor([[2.0, 1.9, -1.0, -1.1]])
     history = torch.tensor([[True, False, True, False]])

@@ -236,8 +236,8 @@ def _draw(
     scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:
     V = scores.shape[1]
-    scores = scores / temperature[:, None]
-    scores = scores - scores.amax(dim=-1, keepdim=True)
+    # The maximum goes first: dividing by a tiny temperature would make it infinite.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None]
     limited = (top_k > 0) & (top_k < V)
     if limited.any():
         k = torch.where(limited, top_k, 1)
