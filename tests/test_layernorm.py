@@ -48,6 +48,7 @@ def test_add_forward(path: torch.device, dtype: torch.dtype) -> None:
     residual = torch.randn_like(x)
     y, total = ops.add_layer_norm(x, residual, weight, bias)
     assert torch.equal(total, x + residual)  # one rounding, as PyTorch's
+    assert torch.equal(y, ops.layer_norm(total, weight, bias))  # and it is the rounded sum that is normalised
     truth = F.layer_norm(total.double(), (100,), weight.double(), bias.double())
     assert_accurate(y, F.layer_norm(total, (100,), weight, bias), truth)
 
