@@ -144,9 +144,14 @@ def test_top_logprobs() -> None:
     torch.testing.assert_close(top[1].double(), expected.values, rtol=1e-6, atol=1e-6)
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_does_not_depend_on_the_others(threads: int, request: pytest.FixtureRequest) -> None:
+    """Bit for bit, with any number of threads: PyTorch would sum a row alone in another order than among others."""
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(2)
-    logits = 3 * torch.randn(9, 50257, generator=generator)
+    logits = 3 * torch.randn(36, 50257, generator=generator)
     options = dict(
         temperature=[0.0, 1.0, 0.5, 2.0, 1.0, 1.0, 1.0, 1.0, 0.1],
         top_k=[0, 40, 0, 3, 0, 0, 7, 0, 0],
@@ -155,8 +160,9 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         seeds=list(range(9)),
         positions=list(range(100, 109)),
     )
+    options = {name: 4 * values for name, values in options.items()}
     tokens, logprobs, _ = draw(logits, **options)
-    for i in range(9):
+    for i in range(36):
         alone = draw(logits[i : i + 1], **{k: v[i : i + 1] for k, v in options.items()})
         assert alone[0].item() == tokens[i].item() and alone[1].item() == logprobs[i].item()
 

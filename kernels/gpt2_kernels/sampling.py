@@ -55,8 +55,8 @@ def sample(
     if not 0 <= top_logprobs <= V:
         _check.fail(op, f"top_logprobs must lie in 0..{V}", top_logprobs)
     if logits.device.type == "cpu" and S > 1:
-        # PyTorch's CPU loops round exp differently in the last few elements of a thread's share, so that a row's bits
-        # would depend on its place in the batch. Row by row they do not.
+        # PyTorch sums one long row with several threads and many rows with a thread each, and the two orders of
+        # addition give other bits. One row at a time is always summed in the same order.
         rows = [
             sample(
                 logits[i : i + 1],
