@@ -259,7 +259,7 @@ def _info(options: argparse.Namespace) -> None:
     else:
         print("no CUDA device: everything runs on the CPU")
     print(f"cpu     {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    print(f"C++ operators: {_native.status() if not _native.load() else 'loaded'} ({_native.status()})")
+    print(f"C++ operators: {_native.status()}")
     print()
     print(f"{'operator':18}" + "".join(f"{'on ' + device:28}" for device in devices))
     for op in sorted(ops.OPS):

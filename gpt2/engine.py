@@ -9,9 +9,10 @@ tokens of a request are a function of the weights, its prompt and its parameters
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import tiktoken
 import torch
@@ -145,7 +146,10 @@ class Engine:
 
         Raises ValueError, naming the option, where prompt and parameters do not fit the model.
         """
-        request = self._request(prompt, params or SamplingParams())
+        return self._enqueue(self._request(prompt, params or SamplingParams()))
+
+    def _enqueue(self, request: _Request) -> int:
+        request.number = self._next_number
         for sample in request.samples:
             if sample.sequence.max_length > sample.sequence.prompt_length:
                 self._scheduler.add(sample.sequence)
@@ -217,8 +221,10 @@ class Engine:
 
         Raises ValueError before any work where a prompt or its parameters do not fit, naming the prompt's number.
         """
-        if isinstance(prompts, str):
-            raise ValueError("Engine.generate: prompts must be a list, got one string")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            kind = "one string" if isinstance(prompts, str) else repr(prompts)
+            raise ValueError(f"Engine.generate: prompts must be a list, got {kind}")
+        prompts = list(prompts)
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"Engine.generate: params must be one or one per prompt ({len(prompts)}), got {len(each)}")
@@ -254,18 +260,22 @@ class Engine:
             raise ValueError(f"Engine.stream: n must be 1, got {params.n}")
         if self.tokenizer is None:
             raise ValueError("Engine.stream: a tokenizer is needed to make text, got None")
-        return self._stream(self.add(prompt, params))
+        return self._stream(self._request(prompt, params))  # checked now, queued when the first text is asked for
 
-    def _stream(self, number: int) -> Iterator[str]:
-        request = self._requests.get(number)
+    def _stream(self, request: _Request) -> Iterator[str]:
+        number = self._enqueue(request)
         sent = 0
         try:
-            while request is not None and number in self._requests:
-                self._ready += self.step()
+            while True:
                 text = request.samples[0].stream.text
                 if len(text) > sent:
                     yield text[sent:]
                     sent = len(text)
+                elif request.done:
+                    return
+                else:
+                    finished = self.step()  # of others perhaps, for their next `step`
+                    self._ready = finished + self._ready
         finally:
             self._drop([number])
 
@@ -299,12 +309,13 @@ class Engine:
         if bad := [t for t in params.stop_token_ids if t >= config.vocab_size]:
             raise ValueError(f"Engine: stop_token_ids must be below {config.vocab_size}, got {bad[0]}")
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = _Request(self._next_number, tokens, params, seed)
+        request = _Request(-1, tokens, params, seed)
         for number in range(params.n):
             leader = request.samples[0].sequence if number else None
             sequence = Text(tokens=list(tokens), prompt_length=len(tokens), max_length=length, leader=leader)
             stream = TextStream(self.tokenizer, params.stop)
             request.samples.append(_Sample(request, sequence, _sample_seed(seed, number), stream, []))
+        self._scheduler.check(request.samples[0].sequence)
         return request
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -317,20 +328,25 @@ class Engine:
                 raise ValueError("Engine: a prompt must be valid Unicode, got a lone surrogate") from None
             tokens = self.tokenizer.encode(prompt, allowed_special={END_OF_TEXT}, disallowed_special=())
         else:
-            tokens = list(prompt)
-            for token in tokens:
-                if (
-                    not isinstance(token, int)
-                    or isinstance(token, bool)
-                    or not 0 <= token < self.model.config.vocab_size
-                ):
-                    raise ValueError(
-                        f"Engine: token ids must be integers in 0..{self.model.config.vocab_size - 1}, got {token!r}"
-                    )
+            if not isinstance(prompt, Iterable):
+                raise ValueError(f"Engine: a prompt must be text or token ids, got {prompt!r}")
+            tokens = [self._token(token) for token in prompt]
         return tokens or [self.model.config.eos_token_id]
+
+    def _token(self, token: object) -> int:
+        """A token id as an int; numpy's and torch's integers will do as well."""
+        most = self.model.config.vocab_size - 1
+        try:
+            number = -1 if isinstance(token, bool) else operator.index(token)  # type: ignore[arg-type]
+        except TypeError:
+            number = -1
+        if not 0 <= number <= most:
+            raise ValueError(f"Engine: token ids must be integers in 0..{most}, got {token!r}")
+        return number
 
     # -- one step
 
+    @torch.no_grad()
     def _advance(self) -> None:
         chunks = self._scheduler.schedule()
         if not chunks:
@@ -372,7 +388,8 @@ class Engine:
             block_table=int32(table),
             context_lens=int32([c.last for c in chunks]),
             cu_seqlens=int32(starts),
-            max_seqlen=max(c.last - c.first for c in chunks),
+            # Prompts always take the prefill path, a single row of one too: another tile could give other bits.
+            max_seqlen=max(max(c.last - c.first for c in chunks), 2 if chunks[0].sequence.prefilling else 1),
         )
 
     def _sample(self, samples: list[_Sample], logits: Tensor) -> None:

@@ -56,7 +56,7 @@ def _number(is_right: Callable[[float], bool]) -> Callable[[Any], bool]:
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_tokens", _integer(1), "an integer of at least 1"),
     ("temperature", _number(lambda v: v >= 0), "a number of at least 0"),
-    ("top_k", _integer(0), "an integer of at least 0"),
+    ("top_k", _integer(0, 2**31 - 1), "an integer in 0..2^31 - 1"),
     ("top_p", _number(lambda v: 0 < v <= 1), "a number in (0, 1]"),
     ("min_p", _number(lambda v: 0 <= v <= 1), "a number in [0, 1]"),
     ("repetition_penalty", _number(lambda v: v > 0), "a number above 0"),

@@ -64,14 +64,18 @@ class Scheduler:
         self.prefix_hits = 0  # prompt tokens that did not have to be computed
         self._decoded_last = True
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ValueError where the whole cache could not hold it."""
+    def check(self, sequence: Sequence) -> None:
+        """Raise ValueError where the whole cache could not hold a sequence."""
         needed = sequence.blocks_needed(self.pool.block_size)
         if needed > self.pool.num_blocks:
             raise ValueError(
                 f"the cache must hold prompt and max_tokens ({sequence.max_length} tokens, {needed} blocks), "
                 f"got num_blocks = {self.pool.num_blocks}"
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence, which `check` must accept."""
+        self.check(sequence)
         if self.prefix_caching:
             # The last token of a prompt is computed in any case: its logits decide what comes next.
             shared = sequence.tokens[: sequence.prompt_length - 1]

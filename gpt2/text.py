@@ -27,7 +27,11 @@ class TextStream:
         """Take a token; returns the text that has become certain."""
         if self._tokenizer is None or self.stopped:
             return ""
-        return self._take(self._decoder.decode(self._tokenizer.decode_single_token_bytes(token)))
+        try:
+            content = self._tokenizer.decode_single_token_bytes(token)
+        except KeyError:  # a model whose vocabulary was padded can draw a token that stands for nothing
+            content = b""
+        return self._take(self._decoder.decode(content))
 
     def finish(self) -> str:
         """Take the end of the output; returns the text that was held back."""

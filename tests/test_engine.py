@@ -11,6 +11,7 @@ import torch
 from checkpoints import random_checkpoint, tiny_config, transformers_model
 
 from gpt2 import GPT2, Engine, ReferenceGPT2, SamplingParams, load_tokenizer
+from gpt2.text import TextStream
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 LENGTHS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 45, 50)  # below, at and past blocks of 8 and 16
@@ -239,6 +240,52 @@ def test_requests_by_hand(model: GPT2) -> None:
     assert done[first].outputs[0].tokens == tokens_of(engine, [[1, 2]])[0]
 
 
+def test_streams_beside_other_requests(folder: Path, model: GPT2) -> None:
+    """Nothing is lost and nothing doubled: finished neighbours wait, and a stream may be read late or never."""
+    engine = Engine(model, load_tokenizer(folder), num_blocks=64)
+    params = SamplingParams(max_tokens=20, seed=4, ignore_eos=True)
+    expected = engine.generate(["Once upon"], params)[0].outputs[0].text
+    neighbour = engine.add([1, 2], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    late, never = engine.stream("Once upon", params), engine.stream("Once upon", params)
+    first = next(late)
+    engine.generate([[3], [4]], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))  # finishes `late` too
+    assert first + "".join(late) == expected
+    del never
+    assert [c.request_id for c in engine.step()] == [neighbour]
+    whole(engine)
+
+
+def test_a_token_without_a_text(folder: Path, model: GPT2) -> None:
+    """A vocabulary padded beyond the tokenizer's: such a token is kept and adds nothing to the text."""
+    stream = TextStream(load_tokenizer(folder))
+    assert stream.push(10_000) == "" and stream.push(65) == "A"
+
+
+def test_nothing_is_recorded_for_gradients(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: seen.append(real(hidden)) or seen[-1])
+    Engine(model, num_blocks=64).generate([[1]], GREEDY)
+    assert seen and not any(logits.requires_grad for logits in seen)
+
+
+def test_a_prompt_is_always_prefill(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last token too, when a shared prefix leaves nothing else: decode may use another tile, with other bits."""
+    engine = Engine(model, num_blocks=64, block_size=8)
+    seen = []
+    real = model.forward_paged
+    monkeypatch.setattr(model, "forward_paged", lambda b, c: seen.append((len(b.tokens), b.max_seqlen)) or real(b, c))
+    for _ in range(2):
+        engine.generate([list(range(17))], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    assert seen == [(17, 17), (1, 1), (1, 2), (1, 1)]
+
+
+def test_integers_of_numpy_and_torch_are_tokens(model: GPT2) -> None:
+    engine = Engine(model, num_blocks=64)
+    expected = tokens_of(engine, [[1, 2]])
+    assert tokens_of(engine, [torch.tensor([1, 2])]) == tokens_of(engine, torch.tensor([[1, 2]]).numpy()) == expected
+
+
 def test_a_closed_stream_frees_its_blocks(folder: Path, model: GPT2) -> None:
     engine = Engine(model, load_tokenizer(folder), num_blocks=64)
     stream = engine.stream("abc", SamplingParams(max_tokens=40, seed=0, ignore_eos=True))
@@ -274,7 +321,8 @@ def test_an_error_in_a_step_ends_all_and_leaves_the_engine_usable(model: GPT2, m
         ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be a number of at least 0, got -0.1"),
         ({"temperature": float("nan")}, "temperature must be a number of at least 0, got nan"),
-        ({"top_k": -1}, "top_k must be an integer of at least 0, got -1"),
+        ({"top_k": -1}, "top_k must be an integer in 0..2^31 - 1, got -1".replace("^", r"\^")),
+        ({"top_k": 2**70}, "top_k must be an integer in 0"),
         ({"top_p": 0}, r"top_p must be a number in \(0, 1\], got 0"),
         ({"min_p": 1.5}, r"min_p must be a number in \[0, 1\], got 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0, got 0.0"),
@@ -312,6 +360,8 @@ def test_bad_requests_are_refused_before_any_work(folder: Path, model: GPT2) -> 
             "stop_token_ids must be below 300, got 300",
         ),
         (lambda: engine.add([1] * 30, GREEDY), "the cache must hold prompt and max_tokens"),
+        (lambda: engine.generate(None, GREEDY), "prompts must be a list, got None"),
+        (lambda: engine.generate([7], GREEDY), "a prompt must be text or token ids, got 7"),
         (lambda: engine.generate("text", GREEDY), "prompts must be a list, got one string"),
         (lambda: engine.generate([[1], [2]], [GREEDY]), r"params must be one or one per prompt \(2\), got 1"),
         (lambda: engine.generate([[1], [999]], GREEDY), "prompt 1: Engine: token ids must be integers"),

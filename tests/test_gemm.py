@@ -89,6 +89,8 @@ def test_empty(path: torch.device) -> None:
     x, weight, bias, _ = inputs(path, torch.float32, 1, 32, 16)
     assert ops.linear(x[:0], weight, bias).shape == (0, 16)
     assert ops.linear(x, weight[:0], bias[:0]).shape == (1, 0)
+    nothing = torch.zeros(1, 0, device=path, requires_grad=True)
+    ops.linear(x, weight[:0], residual=nothing).sum().backward()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

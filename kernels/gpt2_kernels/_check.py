@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -73,7 +74,7 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """(rows, C) with a dense last axis: a view where the leading axes merge into one, else a copy."""
-    return unit_last_stride(x.reshape(-1, x.shape[-1]))
+    return unit_last_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # -1 is ambiguous where C is 0
 
 
 def tile_for(table: Mapping[tuple[int, int], Tile], tensor: Tensor) -> Tile:

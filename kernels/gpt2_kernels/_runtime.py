@@ -41,7 +41,7 @@ except ImportError:  # Triton is published for Linux alone; everywhere else its 
 
     triton = tl = _Absent()
 
-OPS: dict[str, str] = {}  # operator -> what computes it on a CPU ("native" or "torch")
+OPS: dict[str, str] = {}  # operator -> what computes it on a CPU ("native", "torch"), or everywhere ("torch only")
 library = torch.library.Library("gpt2_kernels", "DEF")
 
 _forced: str | None = None  # set by `force` alone
@@ -91,6 +91,8 @@ def path_of(op: str, device: str) -> str:
     """What computes `op` on tensors of `device` ("cpu" or "cuda"), and why where it is not the best there is."""
     if op not in OPS:
         raise ValueError(f"path_of: op must be one of {sorted(OPS)}, got {op!r}")
+    if OPS[op] == "torch only":
+        return "PyTorch"
     if device == "cuda":
         return "Triton kernel" if HAS_TRITON else "PyTorch (Triton is not installed)"
     if triton_on_cpu():

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, _native, _runtime, reference
-from gpt2_kernels._runtime import register, tl, triton
+from gpt2_kernels._runtime import OPS, register, tl, triton
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -183,6 +183,9 @@ register(
 )
 
 
+OPS["gelu_mlp"] = "torch"  # two of them
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -202,7 +205,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        rows, dy = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        rows, dy = _check.as_rows(x), _check.as_rows(grad)
         if ctx.activation:  # the input of the activation is computed again rather than kept
             before = F.linear(rows, weight, bias)
             approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"

@@ -76,6 +76,7 @@ def paged_attention_kernel(
     first_row = tl.load(cu_seqlens_ptr + sequence)
     queries = tl.load(cu_seqlens_ptr + sequence + 1) - first_row
     context = tl.load(context_lens_ptr + sequence)
+    tl.device_assert(queries <= tl.num_programs(2) * BLOCK_M, "paged_attention: more queries than max_seqlen_q")
     if tile * BLOCK_M < queries:
         kv_head = h // queries_per_kv
         t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -248,7 +249,8 @@ def paged_attention(
 
     k_cache, v_cache (num_blocks, block_size, Hkv, D), any strides with a dense last axis; block_table (S, max_blocks)
     int32; context_lens (S,) int32, the queries included; cu_seqlens_q (S + 1,) int32, first row of each sequence;
-    max_seqlen_q the most queries of any sequence (1: decode). The queries are the last positions of their sequence.
+    max_seqlen_q at least the most queries of any sequence, where 1 means decode: decode and prefill have a tile each.
+    The queries are the last positions of their sequence.
     window w keeps the nearest w keys of a query, itself included. A query with no key gives 0. No gradient.
     Raises ValueError on a shape, dtype, device or option that does not fit; an index outside the cache is an error on
     the CPU and a device assertion under TRITON_DEBUG=1 on a GPU. Source: Kwon et al., 2023, arXiv:2309.06180.
@@ -269,8 +271,8 @@ def paged_attention(
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             _check.fail(op, f"last axis of {name} must be dense", cache.stride())
-    if not 0 <= max_seqlen_q <= q.shape[0]:
-        _check.fail(op, f"max_seqlen_q must lie in 0..{q.shape[0]}", max_seqlen_q)
+    if max_seqlen_q < 0:
+        _check.fail(op, "max_seqlen_q must be at least 0", max_seqlen_q)
     scale, window = _check.attention_options(op, q.shape[2], scale, window)
     return torch.ops.gpt2_kernels.paged_attention(
         q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, max_seqlen_q, scale, window

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, reference
+from gpt2_kernels._runtime import OPS
+
+OPS["sample"] = "torch only"
 
 
 def sample(
