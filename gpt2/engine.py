@@ -229,6 +229,7 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"Engine.generate: params must be one or one per prompt ({len(prompts)}), got {len(each)}")
         added: list[int] = []
+        others: list[Completion] = []
         try:
             for index, (prompt, own) in enumerate(zip(prompts, each)):
                 try:
@@ -236,7 +237,6 @@ class Engine:
                 except ValueError as e:
                     raise ValueError(f"prompt {index}: {e}") from None
             done: dict[int, Completion] = {}
-            others: list[Completion] = []
             wanted = set(added)
             with tqdm(total=len(added), desc="generate", unit="prompt", disable=not progress) as bar:
                 while len(done) < len(wanted):
@@ -247,11 +247,12 @@ class Engine:
                         else:
                             others.append(completion)
                     bar.update(len(done) - before)
-            self._ready[:0] = others  # requests of other callers, for their next `step`
             return [done[number] for number in added]
         except BaseException:
             self._drop(added)
             raise
+        finally:
+            self._ready[:0] = others  # requests of other callers, for their next `step`
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """Text of one sample as it comes, in whole characters. Closing the iterator ends the request."""

@@ -184,3 +184,28 @@ def test_indices_are_checked_on_a_cpu(name: str, values: list, message: str, pro
     batch, _ = make_batch(production, torch.float32, [20, 9], [1, 1], D=16)
     with pytest.raises((ValueError, RuntimeError), match=f"paged_attention: {message}"):
         ops.paged_attention(*batch._replace(**{name: torch.tensor(values, dtype=torch.int32)}))
+
+
+def test_a_gradient_is_refused(path: torch.device) -> None:
+    batch, _ = make_batch(path, torch.float32, [20, 9], [1, 1], D=16)
+    with pytest.raises(ValueError, match="paged_attention: q must not require a gradient"):
+        ops.paged_attention(*batch._replace(q=batch.q.clone().requires_grad_()))
+    k = torch.zeros(1, 2, 16, device=path, requires_grad=True)
+    with pytest.raises(ValueError, match="append_kv_: k must not require a gradient"):
+        ops.append_kv_(k, k.detach(), batch.k_cache, batch.v_cache, torch.tensor([0], device=path))
+
+
+def test_a_stride_of_tokens_beyond_two_to_the_27(path: torch.device) -> None:
+    """Offset in a block times stride leaves int32; the memory between is never touched."""
+    if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    stride, D = 2**28, 16
+    storage = torch.empty(12 * stride, dtype=torch.float16, device=path)
+    cache = storage.as_strided((1, 12, 1, D), (0, stride, D, 1))
+    cache.copy_(torch.randn(1, 12, 1, D))
+    q = torch.randn(1, 1, D, device=path).to(torch.float16)
+    indices = [torch.tensor(v, dtype=torch.int32, device=path) for v in ([[0]], [12], [0, 1])]
+    compact = cache.contiguous()
+    assert torch.equal(
+        ops.paged_attention(q, cache, cache, *indices, 1), ops.paged_attention(q, compact, compact, *indices, 1)
+    )

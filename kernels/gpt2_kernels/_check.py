@@ -67,6 +67,16 @@ def heads(op: str, q_heads: int, kv_heads: int, head_dim: int) -> None:
         fail(op, "query heads H must be a multiple of key and value heads Hkv", f"{q_heads} and {kv_heads}")
 
 
+def no_gradient(op: str, **tensors: Tensor) -> None:
+    """The cache operators have none: better an error than gradients that are missing without a word."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor.requires_grad:
+                fail(
+                    op, f"{name} must not require a gradient (there is none; use torch.no_grad())", "requires_grad=True"
+                )
+
+
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """The tensor itself, or one contiguous copy where its last axis is not dense: kernels read rows as vectors."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -120,6 +120,9 @@ def register(
     @functools.wraps(cpu_impl)
     def on_cpu(*args: Any) -> Any:
         if not triton_on_cpu():
+            if torch.is_autocast_enabled("cpu"):  # or PyTorch's functions inside would change the dtype of the result
+                with torch.autocast("cpu", enabled=False):
+                    return cpu_impl(*args)
             return cpu_impl(*args)
         if interpreting() and not interpreter_has_bfloat16:
             if any(isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in args):

@@ -121,4 +121,5 @@ def append_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Te
             _check.fail(
                 "append_kv_", f"last axis of {name} must be dense, since it is written in place", cache.stride()
             )
+    _check.no_gradient("append_kv_", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     torch.ops.gpt2_kernels.append_kv_(k, v, k_cache, v_cache, slots)

@@ -101,7 +101,7 @@ def paged_attention_kernel(
             tl.device_assert(
                 (block >= 0) & (block < num_blocks), "paged_attention: block outside the cache", mask=there
             )
-            offset = j % block_size
+            offset = (j % block_size).to(tl.int64)  # strides may be any
             inside = there[:, None] & d_inside
             k_at = block * stride_kb + offset * stride_kt + kv_head * stride_kh
             v_at = block * stride_vb + offset * stride_vt + kv_head * stride_vh
@@ -274,6 +274,7 @@ def paged_attention(
     if max_seqlen_q < 0:
         _check.fail(op, "max_seqlen_q must be at least 0", max_seqlen_q)
     scale, window = _check.attention_options(op, q.shape[2], scale, window)
+    _check.no_gradient(op, q=q, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.gpt2_kernels.paged_attention(
         q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, max_seqlen_q, scale, window
     )
