@@ -54,12 +54,6 @@ def interpreting() -> bool:
     return HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
-@functools.cache
-def compute_capability(device: int) -> tuple[int, int]:
-    """(major, minor) of a CUDA device: (9, 0) is Hopper."""
-    return torch.cuda.get_device_capability(device)
-
-
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
     """Take one path on CPU tensors whatever the machine offers: "triton", "native" or "torch". For tests and tools."""
