@@ -54,6 +54,15 @@ def interpreting() -> bool:
     return HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
+def accumulator(dtype: torch.dtype) -> Any:
+    """The type in which kernels add and keep statistics: float32.
+
+    float64 for float64 tensors, which no public function takes: in the interpreter, gradients of the very kernels are
+    checked against finite differences in it.
+    """
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
     """Take one path on CPU tensors whatever the machine offers: "triton", "native" or "torch". For tests and tools."""
