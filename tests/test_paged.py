@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
+from gpt2_kernels import paged
 
 
 class Batch(NamedTuple):
@@ -209,3 +210,15 @@ def test_a_stride_of_tokens_beyond_two_to_the_27(path: torch.device) -> None:
     assert torch.equal(
         ops.paged_attention(q, cache, cache, *indices, 1), ops.paged_attention(q, compact, compact, *indices, 1)
     )
+
+
+@pytest.mark.parametrize("queries", [[1] * 5, [5, 70, 1, 0, 9]], ids=["decode", "prefill"])
+def test_more_sequences_than_one_launch_takes(
+    path: torch.device, queries: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grid's second axis ends at 65535; here at 2, so that three launches serve five sequences, the last one alone."""
+    batch, _ = make_batch(path, torch.float32, [20, 75, 3, 6, 40], queries, D=16)
+    expected = ops.paged_attention(*batch)
+    assert expected.abs().amin(dim=(1, 2)).all()  # every row was written
+    monkeypatch.setattr(paged, "MAX_SEQUENCES", 2)
+    assert torch.equal(ops.paged_attention(*batch), expected)

@@ -14,7 +14,7 @@ from gpt2_kernels import _check, _native, _runtime, reference
 from gpt2_kernels._runtime import register, tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots_ptr"])
 def append_kv_kernel(
     k_ptr,  # (N, Hkv, D)
     v_ptr,  # (N, Hkv, D)

@@ -22,23 +22,30 @@ LOG2_E = 1.4426950408889634
 
 # Decode (one query a sequence) and prefill each have one tile, whatever the batch. (BLOCK_M, BLOCK_N, warps, stages):
 # compiled for sm_80, sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a GPU.
-# (element size, head dimension up to) -> tile. Full float32 products run on the CUDA cores, hence more warps there.
+# (compute capability from, element size, head dimension up to) -> tile. Full float32 products run on the CUDA cores,
+# hence more warps there.
 DECODE = {
-    (2, 128): (16, 64, 4, 3),
-    (2, 256): (16, 32, 8, 2),
-    (4, 64): (16, 32, 8, 2),
-    (4, 256): (16, 16, 8, 2),
+    (0, 2, 128): (16, 64, 4, 3),
+    (0, 2, 256): (16, 32, 8, 2),
+    (0, 4, 64): (16, 32, 8, 2),
+    (0, 4, 256): (16, 16, 8, 2),
 }
 PREFILL = {
-    (2, 64): (64, 64, 4, 2),
-    (2, 256): (32, 32, 4, 2),
-    (4, 64): (32, 32, 8, 2),
-    (4, 128): (32, 16, 4, 2),
-    (4, 256): (16, 16, 8, 2),
+    (0, 2, 64): (64, 64, 4, 2),
+    (0, 2, 256): (32, 32, 4, 2),
+    (0, 4, 64): (32, 32, 8, 2),
+    (0, 4, 128): (32, 16, 4, 2),
+    (0, 4, 256): (16, 16, 8, 2),
 }
 
+MAX_SEQUENCES = 65535  # of one launch: what the second axis of a grid holds
 
-@triton.jit
+
+@triton.jit(
+    # What a batch decides: one compiled variant serves them all, and any slice of their index tensors.
+    do_not_specialize=["stride_table", "num_blocks", "window"],
+    do_not_specialize_on_alignment=["table_ptr", "context_lens_ptr", "cu_seqlens_ptr"],
+)
 def paged_attention_kernel(
     q_ptr,  # (Nq, H, D)
     k_cache_ptr,  # (num_blocks, block_size, Hkv, D)
@@ -70,10 +77,13 @@ def paged_attention_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns BLOCK_M queries of one head of one sequence and adds its keys in order of position."""
+    """One program owns BLOCK_M queries of one head of one sequence and adds its keys in order of position.
+
+    Heads, of which some may read the same keys, start side by side; last tiles, which have the most keys, start first.
+    """
     h = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(2)
+    tile = tl.num_programs(2) - 1 - tl.program_id(2)
     first_row = tl.load(cu_seqlens_ptr + sequence)
     queries = tl.load(cu_seqlens_ptr + sequence + 1) - first_row
     context = tl.load(context_lens_ptr + sequence)
@@ -125,6 +135,58 @@ def paged_attention_kernel(
         tl.store(out_ptr + (rows[:, None] * H + h) * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=q_inside)
 
 
+def _launch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int,
+    out: Tensor,
+) -> None:
+    """Writes the rows of all sequences, MAX_SEQUENCES of them at a time: they have nothing to do with each other."""
+    H, D = q.shape[1:]
+    S = context_lens.shape[0]
+    if S > MAX_SEQUENCES:
+        for first in range(0, S, MAX_SEQUENCES):
+            last = first + MAX_SEQUENCES
+            indices = block_table[first:last], context_lens[first:last], cu_seqlens_q[first : last + 1]
+            _launch(q, k_cache, v_cache, *indices, max_seqlen_q, scale, window, out)
+        return
+    block_m, block_n, warps, stages = _check.tile_for(DECODE if max_seqlen_q == 1 else PREFILL, q)
+    paged_attention_kernel[(H, S, triton.cdiv(max_seqlen_q, block_m))](
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        context_lens,
+        cu_seqlens_q,
+        out,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_table.stride(0),
+        H,
+        H // k_cache.shape[2],
+        k_cache.shape[1],
+        k_cache.shape[0],
+        window,
+        scale * LOG2_E,
+        D=D,
+        WINDOW=window > 0,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        STAGES=stages,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
 def _paged_triton(
     q: Tensor,
     k_cache: Tensor,
@@ -136,41 +198,11 @@ def _paged_triton(
     scale: float,
     window: int,
 ) -> Tensor:
-    Nq, H, D = q.shape
-    S = context_lens.shape[0]
     q, block_table = _check.unit_last_stride(q), _check.unit_last_stride(block_table)
-    out = torch.zeros((Nq, H, D), dtype=q.dtype, device=q.device)  # rows past the last sequence stay 0
-    if Nq and S and max_seqlen_q:
-        table = DECODE if max_seqlen_q == 1 else PREFILL
-        block_m, block_n, warps, stages = _check.tile_for(table, q)
-        paged_attention_kernel[(H, S, triton.cdiv(max_seqlen_q, block_m))](
-            q,
-            k_cache,
-            v_cache,
-            block_table,
-            context_lens.contiguous(),
-            cu_seqlens_q.contiguous(),
-            out,
-            *q.stride()[:2],
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            block_table.stride(0),
-            H,
-            H // k_cache.shape[2],
-            k_cache.shape[1],
-            k_cache.shape[0],
-            window,
-            scale * LOG2_E,
-            D=D,
-            WINDOW=window > 0,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
-            STAGES=stages,
-            num_warps=warps,
-            num_stages=stages,
-        )
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # rows past the last sequence stay 0
+    if out.numel() and context_lens.numel() and max_seqlen_q:
+        context_lens, cu_seqlens_q = context_lens.contiguous(), cu_seqlens_q.contiguous()
+        _launch(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, max_seqlen_q, scale, window, out)
     return out
 
 
