@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from layouts import GRADIENT_LAYOUTS, LAYOUTS, in_layout
 from tolerance import DTYPES, assert_accurate, wide
 from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
+from gpt2_kernels import fused_attention
 
 
 class Case(NamedTuple):
@@ -111,20 +113,6 @@ def test_large_scores_do_not_overflow(path: torch.device) -> None:
     assert_accurate(ops.attention(q, k, v), theirs, truth)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "last_axis_strided", "sliced"])
-def test_layouts(path: torch.device, layout: str) -> None:
-    base = torch.randn(3, 2, 40, 3, 32, device=path)  # three of (B, T, H, D)
-    q, k, v = {
-        "transposed": lambda: base.transpose(2, 3).contiguous().transpose(2, 3),
-        "expanded": lambda: base[:, :1, :, :1].expand(3, 2, 40, 3, 32),
-        "last_axis_strided": lambda: base.transpose(3, 4).contiguous().transpose(3, 4),
-        "sliced": lambda: base[:, :, 3:35, 1:, 8:24],
-    }[layout]()
-    truth, _ = torch_attention(q.double(), k.double(), v.double(), True, None)
-    theirs, _ = torch_attention(q, k, v, True, None)
-    assert_accurate(ops.attention(q, k, v), theirs, truth)
-
-
 @pytest.mark.parametrize(
     ("T", "stride"), [(6, 2**29), (70, 2**25)], ids=["in one block of keys", "from block to block"]
 )
@@ -178,22 +166,263 @@ def test_batch_does_not_matter(path: torch.device) -> None:
         assert torch.equal(ops.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1])[0], together[b])
 
 
+def call(leaves: list, case: Case, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The autograd function itself: with a seed of our choice, and in float64, which the public function refuses."""
+    scale = case.D**-0.5
+    options = (None, None, case.Tq, case.Tk, case.causal, scale, case.window or 0, dropout_p, seed)
+    return fused_attention._Attention.apply(*leaves, *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    {
+        "causal": Case(1, 18, 18, 1, 1, 5),
+        "grouped, over a past": Case(2, 3, 19, 4, 2, 3),
+        "full": Case(1, 3, 17, 1, 1, 4, causal=False),
+        "window": Case(1, 20, 20, 1, 1, 2, window=5),
+        "rows without keys": Case(1, 18, 2, 1, 1, 2),
+    }.items(),
+    ids=str,
+)
+def test_gradients_are_those_of_finite_differences(path: torch.device, name: str, case: Case) -> None:
+    """Of out and of the logsumexp, through the kernels themselves."""
+    if path.type == "cuda" or not ops.path_of("attention", "cpu").startswith("Triton"):
+        pytest.skip("float64 exists in the interpreter alone")
+    leaves = [t.detach().requires_grad_() for t in inputs(path, torch.float64, case)]
+
+    def function(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = call(list(leaves), case)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["gpt2 head, two row tiles", "grouped heads", "window"])
+def test_gradient_of_the_logsumexp(path: torch.device, name: str) -> None:
+    case = CASES[name]
+    leaves = [t.detach().requires_grad_() for t in inputs(path, torch.float32, case)]
+    grads = torch.randn(case.B, case.Tq, case.H, case.D, device=path), torch.randn(case.B, case.H, case.Tq, device=path)
+    ours = torch.autograd.grad(
+        ops.attention(*leaves, causal=case.causal, window=case.window, return_lse=True), leaves, grads
+    )
+    theirs = torch.autograd.grad(torch_attention(*leaves, case.causal, case.window), leaves, grads)
+    exact = wide(*leaves)
+    truth = torch.autograd.grad(torch_attention(*exact, case.causal, case.window), exact, [g.double() for g in grads])
+    for letter, a, b, c in zip("qkv", ours, theirs, truth):
+        assert_accurate(a, b, c, factor=3, what=f"gradient of {letter}")
+    alone = torch.autograd.grad(ops.attention(*leaves, return_lse=True)[1].sum(), leaves)
+    assert not alone[2].any()  # the logsumexp does not depend on v
+
+
+@pytest.mark.parametrize(
+    ("which", "layout"), [("inputs", x) for x in LAYOUTS] + [("gradient", x) for x in GRADIENT_LAYOUTS]
+)
+def test_layouts(path: torch.device, which: str, layout: str) -> None:
+    """Forward and backward on every memory layout of all inputs, and of the incoming gradient."""
+    case = Case(2, 35, 35, 2, 2, 24)
+    leaves = [t.detach() for t in inputs(path, torch.float32, case)]
+    grad = torch.randn(case.B, case.Tq, case.H, case.D, device=path)
+    if which == "inputs":
+        leaves = [in_layout(t, layout) for t in leaves]
+    else:
+        grad = in_layout(grad, layout)
+    leaves = [t.requires_grad_() for t in leaves]
+    out = ops.attention(*leaves)
+    ours = torch.autograd.grad(out, leaves, grad)
+    result = torch_attention(*leaves, True, None)[0]
+    theirs = torch.autograd.grad(result, leaves, grad)
+    exact = wide(*leaves)
+    true_result = torch_attention(*exact, True, None)[0]
+    truth = torch.autograd.grad(true_result, exact, grad.double())
+    assert_accurate(out, result, true_result)
+    for letter, a, b, c in zip("qkv", ours, theirs, truth):
+        assert_accurate(a, b, c, factor=3, what=f"gradient of {letter}")
+
+
+def test_gradients_have_the_same_bits_each_time_and_alone(path: torch.device) -> None:
+    case = Case(3, 70, 70, 4, 2, 32)
+    leaves = [t.detach().requires_grad_() for t in inputs(path, torch.bfloat16, case)]
+    grad = torch.randn(3, 70, 4, 32, device=path).bfloat16()
+    first = torch.autograd.grad(ops.attention(*leaves), leaves, grad)
+    again = torch.autograd.grad(ops.attention(*leaves), leaves, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    if ops.path_of("attention_backward", path.type) != "PyTorch":  # PyTorch makes no such promise
+        one = [t.detach()[1:2].requires_grad_() for t in leaves]
+        alone = torch.autograd.grad(ops.attention(*one), one, grad[1:2])
+        assert all(torch.equal(a[1:2], b) for a, b in zip(first, alone))
+
+
+def test_offsets_beyond_two_to_the_31_backward(path: torch.device) -> None:
+    """Every pointer of the backward pass in turn has rows so far apart that an offset in int32 would wrap."""
+    if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    T, D, stride = 70, 16, 2**25
+    storage = torch.empty(T * stride + D, dtype=torch.float16, device=path)
+    far = storage.as_strided((1, T, 1, D), (0, stride, D, 1))
+    q, k, v, grad = (torch.randn(1, T, 1, D, device=path).to(torch.float16) for _ in range(4))
+    out, lse = torch.ops.gpt2_kernels.attention(q, k, v, None, None, T, T, True, 0.25, 0, 0.0, None)
+
+    def backward(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, k, v, out = tensors
+        return torch.ops.gpt2_kernels.attention_backward(
+            grad, None, q, k, v, out, lse, None, None, T, T, True, 0.25, 0, 0.0, None
+        )
+
+    near = [grad, q, k, v, out]
+    expected = backward(*near)
+    for i in range(5):
+        far.copy_(near[i])
+        got = backward(*near[:i], far, *near[i + 1 :])
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+# --- dropout --------------------------------------------------------------------------------------------------------
+
+
+def dropped_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, p: float) -> Tensor:
+    """Causal, written out, with a given mask (B, H, T, T)."""
+    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[3] ** -0.5
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) * keep / (1 - p)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [Case(1, 140, 140, 2, 2, 64), Case(2, 37, 37, 4, 2, 16)], ids=str)
+def test_dropout(path: torch.device, case: Case, dtype: torch.dtype) -> None:
+    """One mask in forward and backward, whatever their tiles: the one of the reference."""
+    p, seed = 0.3, torch.tensor([2**40 + 7], device=path)
+    leaves = [t.detach().requires_grad_() for t in inputs(path, dtype, case)]
+    keep = ops.reference.dropout_keep(seed, case.B, case.H, case.Tq, case.Tk, p)
+    grad = torch.randn(case.B, case.Tq, case.H, case.D, device=path).to(dtype)
+    out, lse = call(leaves, case, p, seed)
+    result, exact = dropped_attention(*leaves, keep, p), wide(*leaves)
+    true_result = dropped_attention(*exact, keep, p)
+    assert_accurate(out, result, true_result)
+    undropped = ops.attention(*leaves, return_lse=True)[1]
+    torch.testing.assert_close(lse, undropped, rtol=1e-4, atol=1e-4)  # of the scores, before dropout
+    ours = torch.autograd.grad(out, leaves, grad)
+    theirs = torch.autograd.grad(result, leaves, grad)
+    truth = torch.autograd.grad(true_result, exact, grad.double())
+    for letter, a, b, c in zip("qkv", ours, theirs, truth):
+        assert_accurate(a, b, c, factor=3, what=f"gradient of {letter}")
+
+
+def test_dropout_follows_torchs_generator(path: torch.device) -> None:
+    q, k, v = inputs(path, torch.float32, Case(1, 30, 30, 2, 2, 16))
+    torch.manual_seed(1)
+    first, second = ops.attention(q, k, v, dropout_p=0.5), ops.attention(q, k, v, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(first, ops.attention(q, k, v, dropout_p=0.5))
+    assert not torch.equal(first, second)
+    assert torch.equal(ops.attention(q, k, v, dropout_p=0.0), ops.attention(q, k, v))
+
+
+# --- packed sequences -----------------------------------------------------------------------------------------------
+
+PACKED = {
+    "self-attention": ((130, 1, 17), None),
+    "over pasts": ((1, 20, 3), (70, 20, 66)),
+    "empty sequences": ((5, 0, 0, 9), (5, 0, 4, 0)),
+}
+
+
+def offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed(path: torch.device, name: str, window: int | None, dtype: torch.dtype) -> None:
+    """Each packed sequence gives what it gives by itself; rows behind the last one give 0."""
+    q_lengths, k_lengths = PACKED[name]
+    k_lengths = k_lengths or q_lengths
+    H, Hkv, D, spare = 4, 2, 16, 3
+    q = (2 * torch.randn(sum(q_lengths) + spare, H, D, device=path)).to(dtype)
+    k, v = torch.randn(sum(k_lengths) + spare, 2, Hkv, D, device=path).to(dtype).unbind(1)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    cu_q, cu_k = offsets(q_lengths, path), offsets(k_lengths, path)
+    grad = torch.randn_like(q)
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.zeros_like(q)
+        for a, b, c, d in zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:]):
+            skip = min(max(0, (b - a) - (d - c)), b - a)  # rows that see no key: PyTorch's softmax gives NaN there
+            if b - a > skip:
+                queries, keys, values = q[None, a + skip : b], k[None, c:d], v[None, c:d]
+                out[a + skip : b] = torch_attention(queries, keys, values, True, window)[0][0]
+        return out
+
+    options = (cu_q, cu_k, max(q_lengths), max(k_lengths))
+    out = ops.attention_varlen(*leaves, *options, window=window)
+    result, exact = one_by_one(*leaves), wide(*leaves)
+    true_result = one_by_one(*exact)
+    assert_accurate(out, result, true_result)
+    assert not out[sum(q_lengths) :].any()
+    ours = torch.autograd.grad(out, leaves, grad)
+    theirs = torch.autograd.grad(result, leaves, grad)
+    truth = torch.autograd.grad(true_result, exact, grad.double())
+    for letter, a, b, c in zip("qkv", ours, theirs, truth):
+        assert_accurate(a, b, c, factor=3, what=f"gradient of {letter}")
+
+
+def test_packed_bits_are_those_of_the_sequence_alone(path: torch.device) -> None:
+    if ops.path_of("attention", path.type) == "PyTorch":
+        pytest.skip("attention on a CPU is PyTorch's")
+    lengths = (40, 70, 3)
+    q, k, v = torch.randn(sum(lengths), 3, 2, 32, device=path).unbind(1)
+    cu = offsets(lengths, path)
+    packed = ops.attention_varlen(q, k, v, cu, cu, 70, 70)
+    for a, b in zip(cu.tolist(), cu.tolist()[1:]):
+        assert torch.equal(packed[a:b], ops.attention(q[None, a:b], k[None, a:b], v[None, a:b])[0])
+
+
+def test_packed_without_sequences(path: torch.device) -> None:
+    q, k, v = torch.randn(2, 3, 2, 16, device=path).unbind(1)
+    cu = torch.zeros(1, dtype=torch.int32, device=path)
+    assert not ops.attention_varlen(q, k, v, cu, cu, 0, 0).any()
+
+
 def test_opcheck(path: torch.device) -> None:
     q, k, v = inputs(path, torch.float32, Case(1, 20, 24, 2, 1, 16))
-    opcheck(torch.ops.gpt2_kernels.attention.default, (q, k, v, True, 0.25, 0))
+    seed = torch.tensor([3], device=path)
+    options = (None, None, 20, 24, True, 0.25, 0, 0.0, None)
+    opcheck(torch.ops.gpt2_kernels.attention.default, (q, k, v, *options))
+    opcheck(torch.ops.gpt2_kernels.attention.default, (q, k, v, *options[:-2], 0.1, seed))
+    out, lse = torch.ops.gpt2_kernels.attention(q, k, v, *options)
+    backward = torch.ops.gpt2_kernels.attention_backward.default
+    opcheck(backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *options))
+    cu = (
+        torch.tensor([0, 4, 20], dtype=torch.int32, device=path),
+        torch.tensor([0, 9, 24], dtype=torch.int32, device=path),
+    )
+    opcheck(torch.ops.gpt2_kernels.attention.default, (q, k, v, *cu, 16, 15, True, 0.25, 7, 0.0, None))
 
 
-def test_compile(path: torch.device) -> None:
+@pytest.mark.parametrize("variant", ["dense", "dropout", "packed", "one tensor for all"])
+def test_compile(path: torch.device, variant: str) -> None:
     leaves = [t.detach().requires_grad_() for t in inputs(path, torch.float32, Case(1, 20, 20, 2, 2, 16))]
+    cu = offsets((4, 16), path)
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attention(q.sin(), k, v).square().sum()
+        if variant == "packed":
+            out = ops.attention_varlen(q[0].sin(), k[0], v[0], cu, cu, 16, 16)
+        elif variant == "one tensor for all":
+            out = ops.attention(q, q, q) + k + v
+        else:
+            out = ops.attention(q.sin(), k, v, dropout_p=0.2 if variant == "dropout" else 0.0)
+        return out.square().sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(4)
     expected = torch.autograd.grad(function(*leaves), leaves)
+    torch.manual_seed(4)
     for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # the compiler adds in another order
 
 
 def test_bad_input(path: torch.device) -> None:
@@ -206,9 +435,40 @@ def test_bad_input(path: torch.device) -> None:
         (lambda: ops.attention(q, k.half(), v), r"attention: k must have the dtype of q"),
         (lambda: ops.attention(q, k, v, window=0), r"attention: window must be None or at least 1, got 0"),
         (lambda: ops.attention(q, k, v, scale=-1.0), r"attention: scale must be positive and finite, got -1.0"),
+        (lambda: ops.attention(q, k, v, dropout_p=1.0), r"attention: dropout_p must lie in \[0, 1\), got 1.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
     wide_heads = torch.empty(1, 2, 1, 257, device=path)
     with pytest.raises(ValueError, match=r"attention: head dimension D must lie in 1..256, got 257"):
         ops.attention(wide_heads, wide_heads, wide_heads)
+
+
+def test_bad_packing(path: torch.device) -> None:
+    q, k, v = (torch.randn(8, heads, 16, device=path) for heads in (4, 2, 2))
+    cu, op = offsets((3, 5), path), "attention_varlen: "
+    for call_, message in [
+        (lambda: ops.attention_varlen(q[None], k, v, cu, cu, 5, 5), r"q must be \(N, H, D\), got"),
+        (lambda: ops.attention_varlen(q, k, v[:, :1], cu, cu, 5, 5), r"v must be \(Nk, Hkv, D\) ="),
+        (
+            lambda: ops.attention_varlen(q, k, v, cu.long(), cu, 5, 5),
+            r"cu_seqlens_q must be torch.int32",
+        ),
+        (
+            lambda: ops.attention_varlen(q, k, v, cu, cu[:2], 5, 5),
+            r"cu_seqlens_k must be \(S \+ 1,\)",
+        ),
+        (lambda: ops.attention_varlen(q, k, v, cu[:0], cu[:0], 5, 5), r"cu_seqlens_q must have at least one element"),
+        (
+            lambda: ops.attention_varlen(q, k, v, cu, cu, -1, 5),
+            r"max_seqlen_q must be at least 0, got -1",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=op + message):
+            call_()
+    if ops.path_of("attention", path.type) != "PyTorch":
+        return  # contents are read where reading them costs nothing
+    with pytest.raises(ValueError, match=op + r"cu_seqlens_q must rise from 0 to at most 8, got \[0, 9, 3\]"):
+        ops.attention_varlen(q, k, v, torch.tensor([0, 9, 3], dtype=torch.int32), cu, 9, 5)
+    with pytest.raises(ValueError, match=op + r"sequences of cu_seqlens_k must not be longer than 4, got 5"):
+        ops.attention_varlen(q, k, v, cu, cu, 5, 4)

@@ -4,14 +4,20 @@ Every function takes and returns plain tensors, works under torch.compile, and m
 in `gpt2_kernels.reference` computes in plain PyTorch. Importing this package needs no GPU.
 """
 
-from gpt2_kernels import reference
+from gpt2_kernels import (
+    attention_backward,  # noqa: F401  registers the operator
+    modules,
+    reference,
+)
 from gpt2_kernels._runtime import OPS, path_of
-from gpt2_kernels.fused_attention import attention
+from gpt2_kernels.attentionmap import attention_map
+from gpt2_kernels.fused_attention import attention, attention_varlen
 from gpt2_kernels.gemm import gelu_mlp, linear
 from gpt2_kernels.kv_cache import append_kv_
 from gpt2_kernels.layernorm import add_layer_norm, layer_norm
 from gpt2_kernels.paged import paged_attention
 from gpt2_kernels.sampling import sample
+from gpt2_kernels.sdpa import scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
@@ -20,11 +26,15 @@ __all__ = [
     "add_layer_norm",
     "append_kv_",
     "attention",
+    "attention_map",
+    "attention_varlen",
     "gelu_mlp",
     "layer_norm",
     "linear",
+    "modules",
     "paged_attention",
     "path_of",
     "reference",
     "sample",
+    "scaled_dot_product_attention",
 ]

@@ -9,6 +9,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from gpt2_kernels import _runtime
+
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -87,8 +89,26 @@ def as_rows(x: Tensor) -> Tensor:
     return unit_last_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # -1 is ambiguous where C is 0
 
 
-def tile_for(table: Mapping[tuple[int, int], Tile], tensor: Tensor) -> Tile:
-    """The row of a launch table keyed by (element size, head dimension up to)."""
+def tile_for(table: Mapping[tuple[int, int, int], Tile], tensor: Tensor, width: int | None = None) -> Tile:
+    """The first row that fits of a launch table keyed by (compute capability from, element size, head dimension up to).
+
+    `width` stands for the head dimension where a kernel needs the registers of a wider one.
+    """
+    arch, size, width = _runtime.architecture(tensor.device), tensor.element_size(), width or tensor.shape[-1]
     return next(
-        row for (size, width), row in table.items() if size == tensor.element_size() and tensor.shape[-1] <= width
+        row for (least, bytes_, most), row in table.items() if arch >= least and size == bytes_ and width <= most
     )
+
+
+def cpu_flash_serves(q: Tensor, k: Tensor, causal: bool, window: int, seed: Tensor | None) -> bool:
+    """Whether PyTorch's CPU flash attention computes this, to our accuracy: it knows neither windows nor grouped heads
+    nor our dropout, aligns the causal mask top-left, and keeps float16 scores in float16."""
+    if q.device.type != "cpu" or window or seed is not None or q.shape[2] != k.shape[2]:
+        return False
+    same_length = q.shape[1] == k.shape[1] or not causal
+    return same_length and q.numel() > 0 and k.numel() > 0 and q.dtype != torch.float16
+
+
+def dense_heads_first(*tensors: Tensor) -> list[Tensor]:
+    """(B, H, T, D) views with a dense last axis, which PyTorch's CPU flash attention takes for granted unchecked."""
+    return [unit_last_stride(t).transpose(1, 2) for t in tensors]

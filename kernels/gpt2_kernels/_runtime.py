@@ -63,6 +63,22 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def architecture(device: torch.device) -> int:
+    """Compute capability (80, 90, 100 ...) of the GPU whose launch table serves tensors of `device`.
+
+    For CPU tensors it is the one that kernels are being compiled for offline; the interpreter takes Hopper's tables.
+    """
+    if device.type == "cuda":
+        return _capability(device.index)
+    return 90 if interpreting() else triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
     """Take one path on CPU tensors whatever the machine offers: "triton", "native" or "torch". For tests and tools."""
@@ -103,6 +119,18 @@ def path_of(op: str, device: str) -> str:
     if OPS[op] == "torch":
         return "PyTorch"
     return "compiled C++" if native(torch.empty(0)) else f"PyTorch ({_native.status()})"
+
+
+def distinct(*args: Any) -> tuple[Any, ...]:
+    """The arguments of an autograd.Function, a tensor that comes again replaced by a view of itself while Dynamo
+    traces: it refuses attention(x, x, x) otherwise."""
+    if not torch.compiler.is_compiling():
+        return args
+    found: list[Any] = []
+    for arg in args:
+        again = isinstance(arg, torch.Tensor) and any(arg is earlier for earlier in found)
+        found.append(arg.view_as(arg) if again else arg)
+    return tuple(found)
 
 
 def register(

@@ -1,13 +1,14 @@
-"""Fused causal softmax attention (FlashAttention, Dao et al., 2022; Dao, 2023).
+"""Fused causal softmax attention, forward (FlashAttention, Dao et al., 2022; Dao, 2023).
 
-    s = scale * q k^T + mask,   lse = logsumexp(s),   out = exp(s - lse) v
+    s = scale * q k^T + mask,   lse = logsumexp(s),   out = dropout(exp(s - lse)) v
 
 Layout: q (B, Tq, H, D), k and v (B, Tk, Hkv, D), any strides with a dense last axis, so that the three parts of GPT-2's
-qkv projection are passed as views. The T x T matrix is never stored: keys come in blocks, and a running maximum and
-sum are kept for each query (online softmax, Milakov & Gimelshein, 2018).
-FLOPs, causal, Tq = Tk = T: 2 B H T^2 D. Bytes of element size s: 4 B T H D s. At D = 64 there are 256 FLOP for each
-exponential, so on Hopper the exponentials cost as much time as the matrix units.
-Specification: gpt2_kernels.reference.attention.
+qkv projection are passed as views. Packed sequences of different lengths are B = 1 with cu_seqlens.
+The T x T matrix is never stored: keys come in blocks, and a running maximum and sum are kept for each query (online
+softmax, Milakov & Gimelshein, 2018).
+FLOPs, causal, Tq = Tk = T: 2 B H T^2 D, twice that without the mask. Bytes of element size s: 4 B T H D s. At D = 64
+there are 256 FLOP for each exponential, so on Hopper the exponentials cost as much time as the matrix units.
+Specification: gpt2_kernels.reference.attention. The backward pass is attention_backward.py.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import register, tl, triton
+from gpt2_kernels._dropout import dropout_keep
+from gpt2_kernels._runtime import accumulator, distinct, register, tl, triton
 
 LOG2_E = 1.4426950408889634
 
-# (element size, head dimension up to) -> (BLOCK_M, BLOCK_N, warps, stages). Compiled for sm_80, sm_90 and sm_100
-# without spills (tests/test_offline.py); not yet timed on a GPU.
+# (compute capability from, element size, head dimension up to) -> (BLOCK_M, BLOCK_N, warps, stages). Compiled for
+# sm_80, sm_90 and sm_100 without spills (tests/test_offline.py); not yet timed on a GPU.
 TILES = {
-    (2, 64): (128, 64, 8, 3),
-    (2, 128): (128, 32, 8, 2),
-    (2, 256): (64, 32, 8, 2),
-    (4, 64): (64, 32, 8, 2),
-    (4, 128): (32, 32, 8, 2),
-    (4, 256): (16, 32, 8, 2),
+    (0, 2, 64): (128, 64, 8, 3),
+    (0, 2, 128): (128, 32, 8, 2),
+    (0, 2, 256): (64, 32, 8, 2),
+    (0, 4, 64): (64, 32, 8, 2),
+    (0, 4, 128): (32, 16, 8, 2),
+    (0, 4, 256): (16, 32, 8, 2),
+    (0, 8, 256): (16, 16, 4, 2),  # the interpreter's gradcheck
 }
 
 
@@ -48,15 +51,21 @@ def _attend_blocks(
     first,
     last,
     i,  # (BLOCK_M,) positions of the queries among the keys
+    past,  # position of query 0
     Tk,
     window,
     scale_log2,
+    seed,
+    head,
+    threshold,
     d_inside,  # (1, BLOCK_D)
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -75,7 +84,7 @@ def _attend_blocks(
         else:
             k = tl.load(k_tile + offset * stride_k, mask=d_inside, other=0.0)
             v = tl.load(v_tile + offset * stride_v, mask=d_inside, other=0.0)
-        s = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        s = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=ACC)  # (BLOCK_M, BLOCK_N)
         if MASKED:
             keep = (j < Tk)[None, :]
             if CAUSAL:
@@ -92,18 +101,23 @@ def _attend_blocks(
         p = tl.exp2(s * scale_log2 - shift[:, None])
         rescale = tl.exp2(m - shift)
         l = l * rescale + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        if DROPOUT:  # of the probabilities, not of their sum
+            p = tl.where(dropout_keep(seed, head, i - past, start, threshold, BLOCK_N), p, 0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION, out_dtype=ACC)
         m = m_new
     return m, l, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "Tq", "Tk", "threshold"])
 def attention_kernel(
-    q_ptr,  # (B, Tq, H, D)
-    k_ptr,  # (B, Tk, Hkv, D)
-    v_ptr,  # (B, Tk, Hkv, D)
-    out_ptr,  # (B, Tq, H, D), contiguous
-    lse_ptr,  # (B, H, Tq), contiguous, natural log
+    q_ptr,  # (B, Tq, H, D), or packed (1, Nq, H, D)
+    k_ptr,  # (B, Tk, Hkv, D), or packed (1, Nk, Hkv, D)
+    v_ptr,  # as k
+    out_ptr,  # as q, contiguous
+    lse_ptr,  # (B, H, Tq) or (1, H, Nq), contiguous, natural log
+    cu_q_ptr,  # (B + 1,) int32 where PACKED: first row of each sequence, and the end of the last
+    cu_k_ptr,
+    seed_ptr,  # (1,) int64 where DROPOUT
     stride_qb,
     stride_qt,
     stride_qh,
@@ -113,17 +127,22 @@ def attention_kernel(
     stride_vb,
     stride_vt,
     stride_vh,
-    B,
-    Tq,
+    B,  # sequences
+    Tq,  # rows of q in memory, for each b
     Tk,
     H,
     queries_per_kv,
     window,
     scale_log2,
+    threshold,
+    keep_scale,  # 1 / (1 - dropout_p)
     D: tl.constexpr,
+    PACKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -131,29 +150,53 @@ def attention_kernel(
 ):
     """One program owns BLOCK_M queries of one head and adds keys from the first visible up; long rows start first."""
     pid = tl.program_id(0)
-    tile = tl.cdiv(Tq, BLOCK_M) - 1 - pid // (B * H)
-    b = (pid % (B * H) // H).to(tl.int64)
-    h = (pid % H).to(tl.int64)
+    tile = tl.num_programs(0) // (B * H) - 1 - pid // (B * H)
+    head = pid % (B * H)
+    b = (head // H).to(tl.int64)
+    h = (head % H).to(tl.int64)
     kv_head = h // queries_per_kv
+    lse_ptr += h * Tq
+    if PACKED:
+        q_first = tl.load(cu_q_ptr + b)
+        k_first = tl.load(cu_k_ptr + b)
+        Tq = tl.load(cu_q_ptr + b + 1) - q_first
+        Tk = tl.load(cu_k_ptr + b + 1) - k_first
+        if tile * BLOCK_M >= Tq:
+            return
+        row = q_first.to(tl.int64)  # of the first query in q, out and lse
+        q_ptr += row * stride_qt
+        k_ptr += k_first.to(tl.int64) * stride_kt
+        v_ptr += k_first.to(tl.int64) * stride_vt
+        lse_ptr += row
+    else:
+        row = b * Tq
+        q_ptr += b * stride_qb
+        k_ptr += b * stride_kb
+        v_ptr += b * stride_vb
+        lse_ptr += b * H * Tq
 
-    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # query rows
+    out_ptr += (row * H + h) * D
+    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     d_inside = (d < D)[None, :]
     rows = t.to(tl.int64)
     q_inside = (t < Tq)[:, None] & d_inside
-    q = tl.load(
-        q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=q_inside, other=0.0
-    )
-    k_tile = k_ptr + b * stride_kb + kv_head * stride_kh + n[:, None] * stride_kt + d[None, :]
-    v_tile = v_ptr + b * stride_vb + kv_head * stride_vh + n[:, None] * stride_vt + d[None, :]
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    q = tl.load(q_ptr + h * stride_qh + rows[:, None] * stride_qt + d[None, :], mask=q_inside, other=0.0)
+    k_tile = k_ptr + kv_head * stride_kh + n[:, None] * stride_kt + d[None, :]
+    v_tile = v_ptr + kv_head * stride_vh + n[:, None] * stride_vt + d[None, :]
+    m = tl.full([BLOCK_M], -float("inf"), ACC)
+    l = tl.zeros([BLOCK_M], ACC)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    else:
+        seed = 0
 
     # Keys [begin, end) concern this tile, and of them [full_begin, full_end) every row sees every one: no mask there.
-    i = t + (Tk - Tq)
-    low = tile * BLOCK_M + Tk - Tq  # position of the first query
+    past = Tk - Tq
+    i = t + past
+    low = tile * BLOCK_M + past  # position of the first query
     high = low + BLOCK_M - 1  # and of the last
     begin = 0
     end = Tk
@@ -168,56 +211,81 @@ def attention_kernel(
         full_end = tl.maximum(full_end, begin)
         full_begin = tl.minimum(full_begin, full_end)
         m, l, acc = _attend_blocks(
-            q, m, l, acc, k_tile, v_tile, stride_kt, stride_vt, begin, full_begin, i, Tk, window, scale_log2, d_inside,
-            True, CAUSAL, WINDOW, D == BLOCK_D, PRECISION, BLOCK_N, STAGES,
+            q, m, l, acc, k_tile, v_tile, stride_kt, stride_vt, begin, full_begin, i, past, Tk, window, scale_log2,
+            seed, head, threshold, d_inside,
+            True, CAUSAL, WINDOW, DROPOUT, D == BLOCK_D, PRECISION, ACC, BLOCK_N, STAGES,
         )  # fmt: skip
     m, l, acc = _attend_blocks(
-        q, m, l, acc, k_tile, v_tile, stride_kt, stride_vt, full_begin, full_end, i, Tk, window, scale_log2, d_inside,
-        False, CAUSAL, WINDOW, D == BLOCK_D, PRECISION, BLOCK_N, STAGES,
+        q, m, l, acc, k_tile, v_tile, stride_kt, stride_vt, full_begin, full_end, i, past, Tk, window, scale_log2,
+        seed, head, threshold, d_inside, False, CAUSAL, WINDOW, DROPOUT, D == BLOCK_D, PRECISION, ACC, BLOCK_N, STAGES,
     )  # fmt: skip
     m, l, acc = _attend_blocks(
-        q, m, l, acc, k_tile, v_tile, stride_kt, stride_vt, full_end, end, i, Tk, window, scale_log2, d_inside,
-        True, CAUSAL, WINDOW, D == BLOCK_D, PRECISION, BLOCK_N, STAGES,
+        q, m, l, acc, k_tile, v_tile, stride_kt, stride_vt, full_end, end, i, past, Tk, window, scale_log2,
+        seed, head, threshold, d_inside, True, CAUSAL, WINDOW, DROPOUT, D == BLOCK_D, PRECISION, ACC, BLOCK_N, STAGES,
     )  # fmt: skip
 
     some = l > 0.0  # false for a row with no key: out 0, lse -inf
     inverse = 1.0 / tl.where(some, l, 1.0)
+    if DROPOUT:
+        inverse *= keep_scale
     lse = tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * 0.6931471805599453, -float("inf"))
     out = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + ((b * Tq + rows[:, None]) * H + h) * D + d[None, :], out, mask=q_inside)
-    tl.store(lse_ptr + (b * H + h) * Tq + rows, lse, mask=t < Tq)
+    tl.store(out_ptr + rows[:, None] * (H * D) + d[None, :], out, mask=q_inside)
+    tl.store(lse_ptr + rows, lse, mask=t < Tq)
 
 
 def _attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    window: int,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    B, Tq, H, D = q.shape
-    Tk, Hkv = k.shape[1:3]
+    H, D = q.shape[2:]
+    packed = cu_seqlens_q is not None
+    B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     q, k, v = (_check.unit_last_stride(t) for t in (q, k, v))
-    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if out.numel():
-        block_m, block_n, warps, stages = _check.tile_for(TILES, q)
-        attention_kernel[(triton.cdiv(Tq, block_m) * B * H,)](
+    # No program owns a row behind the last sequence: it stays 0.
+    out = (torch.zeros if packed else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
+    lse = _lse_like(q)
+    if out.numel() and B and max_seqlen_q:
+        width = D if seed is None else min(2 * D, 256)  # random numbers take the registers of a head twice as wide
+        block_m, block_n, warps, stages = _check.tile_for(TILES, q, width)
+        attention_kernel[(triton.cdiv(max_seqlen_q, block_m) * B * H,)](
             q,
             k,
             v,
             out,
             lse,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seed,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             B,
-            Tq,
-            Tk,
+            q.shape[1],
+            k.shape[1],
             H,
-            H // Hkv,
+            H // k.shape[2],
             window,
             scale * LOG2_E,
+            int(dropout_p * 2**24),
+            1.0 / (1.0 - dropout_p),
             D=D,
+            PACKED=packed,
             CAUSAL=causal,
             WINDOW=window > 0,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            DROPOUT=seed is not None,
+            PRECISION="tf32" if q.element_size() == 2 else "ieee",
+            ACC=accumulator(q.dtype),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=max(16, triton.next_power_of_2(D)),
@@ -228,37 +296,58 @@ def _attention_triton(
     return out, lse
 
 
-def _plain(q: Tensor, k: Tensor, causal: bool, window: int) -> bool:
-    """Whether PyTorch's own CPU flash attention computes this, to our accuracy: it knows neither windows nor grouped
-    heads, aligns the causal mask top-left, and keeps float16 scores in float16."""
-    same_length = q.shape[1] == k.shape[1] or not causal
-    not_empty = q.numel() > 0 and k.numel() > 0
-    if q.device.type != "cpu":
-        return False
-    return not window and q.shape[2] == k.shape[2] and same_length and not_empty and q.dtype != torch.float16
+def _lse_like(q: Tensor) -> Tensor:
+    """(B, H, Tq) float32 for q (B, Tq, H, D); float64 for float64."""
+    B, Tq, H, _ = q.shape
+    return q.new_empty((B, H, Tq), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def _dense_heads_first(*tensors: Tensor) -> list[Tensor]:
-    """(B, H, T, D) views with a dense last axis, which PyTorch's CPU flash attention takes for granted unchecked."""
-    return [_check.unit_last_stride(t).transpose(1, 2) for t in tensors]
-
-
-def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    if not _plain(q, k, causal, window):
-        return reference.attention(q, k, v, causal=causal, scale=scale, window=window)
+def _attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    window: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        _check_packing(cu_seqlens_q, q.shape[1], max_seqlen_q, "cu_seqlens_q")
+        _check_packing(cu_seqlens_k, k.shape[1], max_seqlen_k, "cu_seqlens_k")
+        out, lse = reference.attention_varlen(
+            q[0], k[0], v[0], cu_seqlens_q, cu_seqlens_k, causal=causal, scale=scale, window=window
+        )
+        return out[None], lse[None]
+    if not _check.cpu_flash_serves(q, k, causal, window, seed):
+        return reference.attention(q, k, v, causal=causal, scale=scale, window=window, dropout_p=dropout_p, seed=seed)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_dense_heads_first(q, k, v), 0.0, causal, scale=scale
+        *_check.dense_heads_first(q, k, v), 0.0, causal, scale=scale
     )
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    B, Tq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+def _check_packing(cu_seqlens: Tensor, rows: int, max_seqlen: int, name: str) -> None:
+    """The contents of an index tensor; read on the CPU path alone, where reading them costs no synchronisation."""
+    cu = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(cu, cu[1:])]
+    if cu[0] != 0 or cu[-1] > rows or any(n < 0 for n in lengths):
+        _check.fail("attention_varlen", f"{name} must rise from 0 to at most {rows}", cu)
+    if max(lengths, default=0) > max_seqlen:
+        _check.fail("attention_varlen", f"sequences of {name} must not be longer than {max_seqlen}", max(lengths))
+
+
+def _fake(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _lse_like(q)
 
 
 register(
-    "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, int window) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, bool causal, float scale, int window, float dropout_p, Tensor? seed) -> (Tensor, Tensor)",
     triton_impl=_attention_triton,
     cpu_impl=_attention_cpu,
     fake=_fake,
@@ -267,30 +356,32 @@ register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.gpt2_kernels.attention(q, k, v, causal, scale, window)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = causal, scale, window
-        ctx.mark_non_differentiable(lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.gpt2_kernels.attention(q, k, v, *options)
+        cu_seqlens_q, cu_seqlens_k, *ctx.options, seed = options
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        causal, scale, window = ctx.options
-        if _plain(q, k, causal, window):
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *_dense_heads_first(grad, q, k, v, out), lse, 0.0, causal, scale=scale
-            )
-            dq, dk, dv = (g.transpose(1, 2) for g in grads)
-        else:
-            dq, dk, dv = reference.attention_backward(
-                grad, q, k, v, out, lse, causal=causal, scale=scale, window=window
-            )
-        return dq, dk, dv, None, None, None
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed = ctx.saved_tensors
+        none = (None,) * 9
+        if grad is None:
+            if grad_lse is None:
+                return None, None, None, *none
+            grad = torch.zeros_like(out)
+        grads = torch.ops.gpt2_kernels.attention_backward(
+            grad, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options, seed
+        )
+        return *grads, *none
+
+
+def _apply(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(*distinct(q, k, v, *options))
+    return torch.ops.gpt2_kernels.attention(q, k, v, *options)
 
 
 def attention(
@@ -301,9 +392,10 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + mask) v, in one kernel: q (B, Tq, H, D), k and v (B, Tk, Hkv, D) -> (B, Tq, H, D).
+    """dropout(softmax(scale * q k^T + mask)) v: q (B, Tq, H, D), k and v (B, Tk, Hkv, D) -> (B, Tq, H, D).
 
     H is a multiple of Hkv (grouped-query attention); D lies in 1..256; scale is 1/sqrt(D) unless given. The last query
     is aligned with the last key: with causal, query i sees key j where j <= i + Tk - Tq; window w keeps the nearest w
@@ -313,8 +405,9 @@ def attention(
         1 1 1 1 0
         1 1 1 1 1
 
-    With return_lse also the logsumexp of each row of scores, float32 (B, H, Tq), natural log. A row with no key gives 0
-    and -inf. Differentiable in q, k and v; the logsumexp carries no gradient.
+    dropout_p in [0, 1) drops that share of the probabilities, by a seed drawn from torch's generator on the device of
+    q. With return_lse also the logsumexp of each row of scores, float32 (B, H, Tq), natural log. A row with no key
+    gives 0 and -inf. Differentiable in q, k and v, the logsumexp too; gradients are the same bits each time.
     Raises ValueError on a shape, dtype, device or option that does not fit. Source: Dao, 2023, arXiv:2307.08691.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -324,8 +417,51 @@ def attention(
     _check.shape("attention", "v", v, tuple(k.shape), "(B, Tk, Hkv, D)")
     _check.heads("attention", q.shape[2], k.shape[2], q.shape[3])
     scale, window = _check.attention_options("attention", q.shape[3], scale, window)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _Attention.apply(q, k, v, causal, scale, window)
-    else:
-        out, lse = torch.ops.gpt2_kernels.attention(q, k, v, causal, scale, window)
+    if not 0.0 <= dropout_p < 1.0:
+        _check.fail("attention", "dropout_p must lie in [0, 1)", dropout_p)
+    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p else None
+    out, lse = _apply(q, k, v, None, None, q.shape[1], k.shape[1], causal, scale, window, dropout_p, seed)
     return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`attention` of S sequences of any lengths, packed without padding: q (Nq, H, D), k and v (Nk, Hkv, D).
+
+    Sequence s owns rows cu_seqlens_q[s] to cu_seqlens_q[s + 1] of q and of the result, and those of cu_seqlens_k of k
+    and v, both (S + 1,) int32, rising from 0; max_seqlen_q and max_seqlen_k are at least the longest of each. In each
+    sequence the last query is aligned with the last key. Rows behind the last sequence give 0. Differentiable in q, k
+    and v. Raises ValueError on a shape, dtype, device or option that does not fit; offsets outside the tensors are an
+    error on the CPU, where they are read.
+    """
+    op = "attention_varlen"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check.rank(op, name, tensor, "(N, H, D)")
+    _check.same_kind(op, "q", q, k=k, v=v)
+    _check.shape(op, "k", k, (*k.shape[:2], q.shape[2]), "(Nk, Hkv, D)")
+    _check.shape(op, "v", v, tuple(k.shape), "(Nk, Hkv, D)")
+    _check.heads(op, q.shape[1], k.shape[1], q.shape[2])
+    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check.rank(op, name, tensor, "(S + 1,)")
+        _check.index(op, name, tensor, torch.int32, q)
+    if cu_seqlens_q.shape[0] < 1:
+        _check.fail(op, "cu_seqlens_q must have at least one element", tuple(cu_seqlens_q.shape))
+    _check.shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "(S + 1,)")
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if length < 0:
+            _check.fail(op, f"{name} must be at least 0", length)
+    scale, window = _check.attention_options(op, q.shape[2], scale, window)
+    cu = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    options = (*cu, max_seqlen_q, max_seqlen_k, causal, scale, window, 0.0, None)
+    return _apply(q[None], k[None], v[None], *options)[0][0]

@@ -6,6 +6,9 @@ those of the public functions of the same names; nothing is checked here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,22 +41,47 @@ def _per_query_head(kv: Tensor, H: int) -> Tensor:
     return wide(kv).transpose(1, 2).repeat_interleave(H // kv.shape[2], dim=1)
 
 
+def dropout_keep(seed: Tensor, B: int, H: int, Tq: int, Tk: int, dropout_p: float) -> Tensor:
+    """(B, H, Tq, Tk) bool: the probabilities that dropout keeps, each with probability 1 - dropout_p.
+
+    Word j % 4 of Philox at counter (j // 4, i, b H + h) decides the pair (i, j), so that any tile of it can be made
+    anew: by the backward pass, transposed, with other tile sizes.
+    """
+    heads, i, quad = (torch.arange(n, device=seed.device) for n in (B * H, Tq, -(-Tk // 4)))
+    words = torch.stack(torch.broadcast_tensors(*philox(seed, quad, i[:, None], heads[:, None, None])), dim=-1)
+    return (words.view(B, H, Tq, -1)[..., :Tk] >> 8) >= int(dropout_p * 2**24)
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + mask) v -> (B, Tq, H, D) and the logsumexp of the scores (B, H, Tq), natural log."""
-    H, D = q.shape[2:]
+    """softmax(scale * q k^T + mask) v -> (B, Tq, H, D) and the logsumexp of the scores (B, H, Tq), natural log.
+
+    With dropout_p the probabilities that `dropout_keep(seed, ...)` leaves are divided by 1 - dropout_p, the others 0.
+    """
+    B, Tq, H, D = q.shape
     scores = wide(q).transpose(1, 2) @ _per_query_head(k, H).transpose(2, 3) * (D**-0.5 if scale is None else scale)
-    keep = visible(q.shape[1], k.shape[1], causal, window or 0, q.device)
+    keep = visible(Tq, k.shape[1], causal, window or 0, q.device)
     scores = scores.masked_fill(~keep, -torch.inf)
     logsumexp = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - logsumexp.unsqueeze(-1)).masked_fill(~keep, 0.0)  # a row with no key: all 0, not NaN
+    if seed is not None:
+        weights = weights * dropout_keep(seed, B, H, Tq, k.shape[1], dropout_p) / (1 - dropout_p)
     out = weights @ _per_query_head(v, H)
     return out.transpose(1, 2).to(q.dtype).contiguous(), logsumexp
 
 
 def attention_backward(
     grad: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -63,20 +91,77 @@ def attention_backward(
     causal: bool,
     scale: float,
     window: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v by the formulas of FlashAttention (Dao et al., 2022), with the probabilities rebuilt."""
     B, Tk, Hkv, D = k.shape
-    H = q.shape[2]
+    Tq, H = q.shape[1:3]
     queries, keys, values = wide(q).transpose(1, 2), _per_query_head(k, H), _per_query_head(v, H)
     dout = wide(grad).transpose(1, 2)
-    keep = visible(q.shape[1], Tk, causal, window or 0, q.device)
+    keep = visible(Tq, Tk, causal, window or 0, q.device)
     weights = torch.exp(queries @ keys.transpose(2, 3) * scale - logsumexp.unsqueeze(-1)).masked_fill(~keep, 0.0)
+    dropped, dweights = weights, dout @ values.transpose(2, 3)
+    if seed is not None:
+        kept = dropout_keep(seed, B, H, Tq, Tk, dropout_p) / (1 - dropout_p)
+        dropped, dweights = weights * kept, dweights * kept
     delta = (dout * wide(out).transpose(1, 2)).sum(-1, keepdim=True)
-    dscores = weights * (dout @ values.transpose(2, 3) - delta) * scale
+    if grad_lse is not None:
+        delta = delta - wide(grad_lse).unsqueeze(-1)  # d lse / d score is the probability itself
+    dscores = weights * (dweights - delta) * scale
     dq = (dscores @ keys).transpose(1, 2)
     dk = (dscores.transpose(2, 3) @ queries).view(B, Hkv, H // Hkv, Tk, D).sum(2).transpose(1, 2)
-    dv = (weights.transpose(2, 3) @ dout).view(B, Hkv, H // Hkv, Tk, D).sum(2).transpose(1, 2)
+    dv = (dropped.transpose(2, 3) @ dout).view(B, Hkv, H // Hkv, Tk, D).sum(2).transpose(1, 2)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`attention` of each packed sequence by itself: q (Nq, H, D) -> (Nq, H, D) and the logsumexp (H, Nq)."""
+    out, logsumexp = torch.zeros_like(q, memory_format=torch.contiguous_format), wide(q).new_empty(q.shape[1::-1])
+    for rows, keys in zip(spans(cu_seqlens_q), spans(cu_seqlens_k)):
+        o, l = attention(q[None, rows], k[None, keys], v[None, keys], **options)
+        out[rows], logsumexp[:, rows] = o[0], l[0]
+    return out, logsumexp
+
+
+def spans(cu_seqlens: Tensor) -> list[slice]:
+    """[0, 3, 7] -> rows 0..2 and rows 3..6."""
+    ends = cu_seqlens.tolist()
+    return [slice(first, last) for first, last in zip(ends, ends[1:])]
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    heads: Sequence[int] | Tensor | None = None,
+    rows: Sequence[int] | Tensor | None = None,
+    top_m: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """exp(scale * q k^T - lse) of the chosen heads and rows (B, heads, rows, Tk), or each row's top_m (keys, shares)."""
+    Tq, H, D = q.shape[1:]
+    Tk, Hkv = k.shape[1:3]
+    heads = torch.arange(H, device=q.device) if heads is None else torch.as_tensor(heads, device=q.device)
+    rows = torch.arange(Tq, device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
+    queries = wide(q[:, rows][:, :, heads]).transpose(1, 2)
+    keys = wide(k[:, :, heads % H // (H // Hkv)]).permute(0, 2, 3, 1)  # heads may be negative
+    log_total = lse[:, heads][:, :, rows].unsqueeze(-1)
+    keep = visible(Tq, Tk, causal, window or 0, q.device)[rows] & (log_total > -torch.inf)
+    scores = queries @ keys * (D**-0.5 if scale is None else scale)
+    shares = torch.exp(scores - log_total).masked_fill(~keep, 0.0)
+    if top_m is None:
+        return shares
+    ordered, order = shares.sort(dim=-1, descending=True, stable=True)  # of equal shares the lower key comes first
+    return order[..., :top_m], ordered[..., :top_m]
+
+
+scaled_dot_product_attention = F.scaled_dot_product_attention  # the specification is torch's own function
 
 
 def append_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -173,21 +258,29 @@ def gelu_mlp(
     return linear(hidden, w2, b2, residual=residual)
 
 
-def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for each (seed, position), float32, a multiple of 2^-24.
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
+    """The four 32-bit words, as int64, of Philox-4x32-10 (Salmon et al., 2011) at counter (c0, c1, c2, 0).
 
-    Philox-4x32-10 (Salmon et al., 2011) with counter (position, 0, 0, 0) and the 64 bits of the seed as its key; the
-    first of the four words that it returns.
+    The 64 bits of `seed` are its key; counters are int64 in 0..2^32 - 1. All four broadcast.
     """
     low = 0xFFFFFFFF
-    c0, c1, c2, c3 = positions & low, *(torch.zeros_like(positions) for _ in range(3))
-    k0, k1 = seeds & low, (seeds >> 32) & low
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
         high_a, low_a = _multiply_32(c0, 0xD2511F53)
         high_b, low_b = _multiply_32(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return (c0 >> 8).to(torch.float32) * 2.0**-24
+    return c0, c1, c2, c3
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) for each (seed, position), float32, a multiple of 2^-24.
+
+    The first word of Philox at counter (position, 0, 0).
+    """
+    zero = torch.zeros_like(positions)
+    return (philox(seeds, positions & 0xFFFFFFFF, zero, zero)[0] >> 8).to(torch.float32) * 2.0**-24
 
 
 def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
