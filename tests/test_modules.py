@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gpt2_kernels as ops
 from gpt2_kernels.modules import CausalSelfAttention, GeluMLP, LayerNorm
 
-# --- plain modules, with the names of GPT-2's checkpoints ---------------------------------------------------------------
+# --- plain modules, with the names of GPT-2's checkpoints -------------------------------------------------------------
 
 
 class PlainMLP(nn.Module):

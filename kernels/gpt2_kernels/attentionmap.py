@@ -51,7 +51,6 @@ def attention_map_kernel(
     stride_kb,
     stride_kt,
     stride_kh,
-    stride_p,  # Tk once more, specialised: where it is a multiple of 16 a row is stored 16 bytes at a time
     heads,
     R,
     H,
@@ -109,11 +108,13 @@ def attention_map_kernel(
         # The difference first, which is near 0 where a share is large: scaled to base 2 apart, each would be rounded.
         p = tl.where(keep, tl.exp2((s * scale - lse[:, None]) * 1.4426950408889634), 0.0)
     p = tl.where(there[:, None], p, float("nan"))  # a row that does not exist has no shares
-    at = p_ptr + ((b * heads + which % heads) * R + r)[:, None] * stride_p + j[None, :]
-    if first + BLOCK_N <= Tk:  # a mask along the keys would split the vectors of the store
-        tl.store(at, p, mask=(r < R)[:, None])
+    row = (b * heads + which % heads) * R + r  # of p, int64
+    vectors = Tk // 4 * 4
+    if (vectors == Tk) & (first + BLOCK_N <= Tk):
+        # 16 bytes at a time: the compiler sees that rows start at multiples of four, and that keys need no mask.
+        tl.store(p_ptr + row[:, None] * vectors + j[None, :], p, mask=(r < R)[:, None])
     else:
-        tl.store(at, p, mask=(r < R)[:, None] & (j < Tk)[None, :])
+        tl.store(p_ptr + row[:, None] * Tk + j[None, :], p, mask=(r < R)[:, None] & (j < Tk)[None, :])
 
 
 def _launch(
@@ -135,7 +136,6 @@ def _launch(
             p,
             *q.stride()[:3],
             *k.stride()[:3],
-            Tk,
             heads.shape[0],
             R,
             H,

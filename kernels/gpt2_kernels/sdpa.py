@@ -106,7 +106,8 @@ def scaled_dot_product_attention(
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) == 2:
         _check.fail(OP, "with enable_gqa query, key and value must be (..., H, T, D)", tuple(query.shape))
 
-    q, k, v = _match_heads(*(t.unsqueeze(0) if t.dim() == 2 else t for t in (query, key, value)), enable_gqa)
+    q, k, v = (t.unsqueeze(0) if t.dim() == 2 else t for t in (query, key, value))
+    q, k, v = _match_heads(q, k, v, enable_gqa)
     batch = _broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     q, k, v = (_heads_inside(t, batch) for t in (q, k, v))
     if D != E:
