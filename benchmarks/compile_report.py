@@ -65,6 +65,10 @@ def cases() -> dict[str, Callable[[], object]]:
     for dtype, C in itertools.product((torch.bfloat16, torch.float32), (768, 1600, 16384)):
         found[f"layer_norm C={C} {SHORT[dtype]}"] = lambda C=C, dtype=dtype: _norm(C, dtype, False)
         found[f"add_layer_norm C={C} {SHORT[dtype]}"] = lambda C=C, dtype=dtype: _norm(C, dtype, True)
+        found[f"layer_norm_backward C={C} {SHORT[dtype]}"] = lambda C=C, dtype=dtype: _norm_backward(C, dtype, False)
+    for dtype, C in itertools.product((torch.bfloat16, torch.float32), (768, 1600, 4096, 8192)):
+        name = f"add_layer_norm_backward C={C} {SHORT[dtype]}"
+        found[name] = lambda C=C, dtype=dtype: _norm_backward(C, dtype, True)
     for dtype, activation in itertools.product((torch.bfloat16, torch.float32), (None, "gelu_tanh")):
         name = f"linear 768x3072 {activation or 'plain'} {SHORT[dtype]}"
         found[name] = lambda dtype=dtype, activation=activation: _linear(768, 3072, dtype, activation)
@@ -94,9 +98,9 @@ def _paged(D: int, dtype: torch.dtype, max_seqlen: int, S: int = 16, max_blocks:
     return ops.paged_attention(torch.empty(max(64, S), 4, D, dtype=dtype), cache, cache, table, lens, cu, max_seqlen)
 
 
-def _map(D: int, dtype: torch.dtype, window: int | None) -> object:
-    q, k, _ = _qkv(D, dtype)
-    return ops.attention_map(q, k, torch.empty(2, 4, 256), window=window)
+def _map(D: int, dtype: torch.dtype, window: int | None, rows: int = 256, Tk: int = 256) -> object:
+    q, k = _qkv(D, dtype, T=1024)[0], _qkv(D, dtype, T=Tk)[1]
+    return ops.attention_map(q, k, torch.empty(2, 4, 1024), rows=range(rows), window=window)
 
 
 def _append(dtype: torch.dtype, N: int = 32, num_blocks: int = 64) -> None:
@@ -110,6 +114,12 @@ def _norm(C: int, dtype: torch.dtype, add: bool, M: int = 64) -> object:
     return ops.add_layer_norm(x, x, weight, weight) if add else ops.layer_norm(x, weight, weight)
 
 
+def _norm_backward(C: int, dtype: torch.dtype, add: bool, M: int = 64) -> object:
+    x, weight, statistics = torch.empty(M, C, dtype=dtype), torch.empty(C, dtype=dtype), torch.empty(2, M)
+    backward = torch.ops.gpt2_kernels.layer_norm_backward
+    return backward(x, x if add else None, x, weight, statistics, True, True, True)
+
+
 def _linear(K: int, N: int, dtype: torch.dtype, activation: str | None, M: int = 64) -> Tensor:
     weight, bias = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype)
     return ops.linear(torch.empty(M, K, dtype=dtype), weight, bias, activation=activation)
@@ -117,18 +127,8 @@ def _linear(K: int, N: int, dtype: torch.dtype, activation: str | None, M: int =
 
 # --- sizes that a user varies from call to call ---------------------------------------------------------------------
 
-LENGTHS = (
-    1,
-    2,
-    15,
-    16,
-    17,
-    64,
-    100,
-    512,
-    1000,
-    1024,
-)  # equal to 1, divisible by 16 or neither: what Triton tells apart
+# Equal to 1, divisible by 16, or neither: what Triton tells apart; and each side of a block.
+LENGTHS = (1, 2, 15, 16, 17, 64, 100, 512, 1000, 1024)
 
 
 def lengths() -> dict[str, Callable[[int], object]]:
@@ -137,6 +137,8 @@ def lengths() -> dict[str, Callable[[int], object]]:
     return {
         "attention T": lambda n: ops.attention(*_qkv(64, bf16, T=n)),
         "attention Tq": lambda n: ops.attention(_qkv(64, bf16, T=n)[0], *_qkv(64, bf16, T=1024)[1:]),
+        "attention_map rows": lambda n: _map(64, bf16, None, rows=n),
+        "attention_map Tk": lambda n: _map(64, bf16, None, Tk=n),
         "paged decode S": lambda n: _paged(64, bf16, 1, S=n),
         "paged prefill S": lambda n: _paged(64, bf16, 300, S=n),
         "paged prefill Tq": lambda n: _paged(64, bf16, n + 1),
@@ -145,6 +147,7 @@ def lengths() -> dict[str, Callable[[int], object]]:
         "append_kv_ num_blocks": lambda n: _append(bf16, num_blocks=n),
         "layer_norm M": lambda n: _norm(768, bf16, False, M=n),
         "add_layer_norm M": lambda n: _norm(768, bf16, True, M=n),
+        "layer_norm_backward M": lambda n: _norm_backward(768, bf16, False, M=n),
         "linear M": lambda n: _linear(768, 3072, bf16, "gelu_tanh", M=n),
     }
 

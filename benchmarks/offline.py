@@ -9,25 +9,32 @@ Inside the `with`, `kernel[grid](...)` compiles the variant that the real launch
 pointers and integers, same options) and launches nothing: outputs keep whatever they held. An autotuned kernel compiles
 every configuration. The process must not run Triton's interpreter: where a test session does, use a child process
 without TRITON_INTERPRET.
+
+`offline(90, compile=False)` stops after Triton's front end, 20 ms instead of a second: enough to tell which launches
+share a variant, and whether anything changed since a report was written (`Entry.fingerprint`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import io
 import re
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -76,21 +83,31 @@ class Entry:
 
     name: str
     grid: tuple[int, ...]
-    kernel: Any  # triton's CompiledKernel: .asm["ptx"], .metadata.shared, .src.signature ...
+    fingerprint: str  # of all that the compiler is given: the same one, the same machine code
+    kernel: Any  # triton's CompiledKernel: .asm["ptx"], .metadata.shared ...; None where nothing was compiled
     seconds: float  # of compilation; next to nothing for a variant that was there already
+
+
+@dataclasses.dataclass(frozen=True)
+class _Variant:
+    """What a JIT function keeps for a specialization, in the place of the compiled kernel alone."""
+
+    fingerprint: str
+    kernel: Any
 
 
 class _OfflineDriver:
     """The answers of a GPU of one architecture, as far as Triton asks before a launch."""
 
-    def __init__(self, cc: int):
+    def __init__(self, cc: int, device: int):
         self.cc = cc
+        self.device = device  # a JIT function keeps its variants by device: one set for each architecture and mode
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.cc, 32)
 
     def get_current_device(self) -> int:
-        return self.cc  # a JIT function keeps its compiled variants by device: one set for each architecture
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -121,31 +138,56 @@ class _OfflineDriver:
 
 
 @contextlib.contextmanager
-def offline(cc: int = 90) -> Iterator[list[Entry]]:
+def offline(cc: int = 90, *, compile: bool = True) -> Iterator[list[Entry]]:
     """Turns every Triton launch inside the `with` into a compilation for sm_<cc>; yields the growing list of them."""
     if cc not in LIMITS:
         raise ValueError(f"offline: cc must be one of {sorted(LIMITS)}, got {cc}")
     if triton.knobs.runtime.interpret:
         raise RuntimeError("offline: Triton runs in interpreter mode; use a child process without TRITON_INTERPRET")
     entries: list[Entry] = []
-    launch, active = JITFunction.run, driver._active
+    launch, build, active = JITFunction.run, JITFunction._do_compile, driver._active
+
+    def variant(source, target, options):
+        kernel = triton.compile(source, target=target, options=options) if compile else None
+        return _Variant(_fingerprint(source, target, options), kernel)
+
+    def build_variant(self, *args):
+        self.compile = variant  # set anew for each architecture that a kernel meets, hence here
+        try:
+            return build(self, *args)
+        finally:
+            self.compile = triton.compile
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas prints the whole PTX
-            kernel = launch(self, *args, grid=(1,), warmup=True, **kwargs)
-        kernel = kernel.result() if hasattr(kernel, "result") else kernel
+            found = launch(self, *args, grid=(1,), warmup=True, **kwargs)
+        grid = _grid_of(self, grid, args, kwargs)
         seconds = time.perf_counter() - start
-        entries.append(Entry(self.fn.__name__, _grid_of(self, grid, args, kwargs), kernel, seconds))
-        return kernel
+        entries.append(Entry(self.fn.__name__, grid, found.fingerprint, found.kernel, seconds))
+        return found.kernel
 
-    JITFunction.run = compile_only
-    driver.set_active(_OfflineDriver(cc))
+    JITFunction.run, JITFunction._do_compile = compile_only, build_variant
+    driver.set_active(_OfflineDriver(cc, device=cc if compile else -cc))
     try:
         yield entries
     finally:
-        JITFunction.run = launch
+        JITFunction.run, JITFunction._do_compile = launch, build
         driver._active = active
+
+
+def _fingerprint(source: Any, target: GPUTarget, options: dict[str, Any]) -> str:
+    """A hash of the kernel after Triton's front end and of the options: comments and line numbers are not in it."""
+    backend = make_backend(target)
+    options = backend.parse_options({**options, **source.parse_options()})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    implementations, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = str(source.make_ir(target, options, implementations, modules, context))
+    text = re.sub(r" loc\(#?\w*\)|^#loc.*\n", "", module, flags=re.MULTILINE)
+    chosen = {name: value for name, value in vars(options).items() if name != "extern_libs"}  # has paths in it
+    return hashlib.sha256(f"{text}{sorted(chosen.items())}".encode()).hexdigest()[:8]
 
 
 def _grid_of(function: JITFunction, grid: Any, args: tuple, kwargs: dict) -> tuple[int, ...]:
@@ -189,9 +231,7 @@ def analyse(entry: Entry, cc: int) -> Report:
     """Disassembles an entry of `offline(cc)`."""
     usage, assembly = _run_tools(entry.kernel.asm["cubin"])
     registers = _resource(usage, "REG")
-    shared = (
-        entry.kernel.metadata.shared
-    )  # all of it: cuobjdump's SHARED is what the system reserves, on sm_90 and later
+    shared = entry.kernel.metadata.shared  # all of it: cuobjdump's SHARED is what the system reserves, since sm_90
     threads = _threads_per_block(entry.kernel)
     blocks = blocks_per_sm(cc, registers, threads, shared)
     instructions = count_instructions(assembly)
@@ -231,10 +271,11 @@ def count_instructions(assembly: str) -> dict[str, int]:
     """Counts instructions in the output of `nvdisasm -c`: each name of COUNTED, and "total"."""
     opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly, re.MULTILINE)
     counts = {"total": len(opcodes)}
+    seen = Counter(opcodes)  # some dozens of spellings among thousands of instructions
     for name in COUNTED:
         base, _, modifier = name.partition(".")
         pattern = SPELLINGS.get(base, base) + (rf"(?:\.\w+)*\.{modifier}" if modifier else "") + r"(?:\.\w+)*"
-        counts[name] = sum(1 for opcode in opcodes if re.fullmatch(pattern, opcode))
+        counts[name] = sum(count for opcode, count in seen.items() if re.fullmatch(pattern, opcode))
     return counts
 
 

@@ -61,8 +61,20 @@ def main() -> None:
     with offline(90) as entries:
         x = torch.empty(1024)
         tuned_copy[lambda meta: (1024 // meta["BLOCK"],)](x, x)
+    with offline(90, compile=False) as seen:  # two launches of one variant, then another option, then another argument
+        run_matmul("cpu", 64, 3)
+        run_matmul("cpu", 64, 3)
+        run_matmul("cpu", 64, 2)
+        matmul[(1,)](*[torch.empty(64, 64)] * 3, 1023, BM=64, BN=64, BK=64)
+    with offline(90) as compiled:
+        run_matmul("cpu", 64, 3)
     output = {name: {**dataclasses.asdict(report), "over_limit": report.over_limit} for name, report in reports.items()}
-    print(json.dumps({"reports": output, "tuned grids": [entry.grid for entry in entries]}))
+    fingerprints = [entry.fingerprint for entry in (*seen, *compiled)]
+    compiled_at_all = [entry.kernel is not None for entry in (*seen, *compiled)]
+    grids = [entry.grid for entry in entries]
+    print(
+        json.dumps({"reports": output, "tuned grids": grids, "fingerprints": fingerprints, "compiled": compiled_at_all})
+    )
 
 
 if __name__ == "__main__":

@@ -1,80 +1,145 @@
 """Every kernel compiles for sm_80, sm_90 and sm_100 through the real host code, within limits, with no GPU.
 
 The interpreter accepts constructs that the compiler refuses, and knows nothing of registers: this is the other half of
-the proof.
+the proof. What a kernel compiles to is kept in benchmarks/results/compile_triton_*.txt. Compiling all of it takes
+minutes, so the proof has two steps: the snapshot is what today's kernels compile to (`--check`: the same input of the
+compiler, and a few cases compiled anew), and everything in the snapshot is as it must be.
 """
 
 from __future__ import annotations
 
-import json
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-# Kernels that must run on tensor cores: float32 is multiplied in full precision, on the CUDA cores.
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}
+pytest.importorskip("triton")
+from benchmarks.compile_report import Row, read_snapshot, snapshot_path  # noqa: E402
+
+VERSIONS = ("3.6", "3.7")
+
+# The tensor-core instruction of a kernel in half precision for sm_80, sm_90 and sm_100, "-" for none; the longest key
+# that begins "kernel: case" decides. float32 is multiplied in full precision, on the CUDA cores.
+NONE, OLD, NEW = ("-", "-", "-"), ("HMMA", "HMMA", "HMMA"), ("HMMA", "HGMMA", "UTCMMA")
+MMA = {
+    "attention_kernel": NEW,
+    "attention_dq_kernel": NEW,
+    "attention_dq_kernel: attention D=256": OLD,
+    "attention_dkdv_kernel": NEW,
+    "attention_dkdv_kernel: attention D=256": OLD,
+    "attention_map_kernel": NEW,
+    "append_kv_kernel": NONE,
+    "layer_norm_kernel": NONE,
+    "layer_norm_backward_kernel": NONE,
+    "sum_partials_kernel": NONE,
+    "linear_kernel": NEW,
+    "paged_attention_kernel": OLD,  # 16 or 32 rows: fewer than the 64 of Hopper's and Blackwell's instructions
+    "paged_attention_kernel: paged prefill D=64": NEW,
+}
+# Kernels that load through tensor descriptors (TMA) on sm_90.
+TMA: set[str] = set()
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    pytest.importorskip("triton")
+def child(code_or_module: list[str]) -> subprocess.CompletedProcess[str]:
+    """Python in a process that does not interpret kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_report", "--json"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    return subprocess.run(
+        [sys.executable, *code_or_module], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_every_kernel_is_there(rows: list[dict]) -> None:
-    names = {r["name"] for r in rows}
-    assert names == {
-        "attention_kernel",
-        "paged_attention_kernel",
-        "append_kv_kernel",
-        "layer_norm_kernel",
-        "linear_kernel",
+@pytest.fixture(scope="module", params=VERSIONS)
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    _, found = read_snapshot(snapshot_path(request.param))
+    assert found, f"{snapshot_path(request.param)}: make it with python -m benchmarks.compile_report --write"
+    return found
+
+
+def test_the_snapshot_is_what_the_kernels_compile_to() -> None:
+    done = child(["-m", "benchmarks.compile_report", "--check"])
+    assert done.returncode == 0, f"\n{done.stdout}{done.stderr[-3000:]}"
+
+
+def test_every_kernel_is_there(rows: list[Row]) -> None:
+    """Every launched kernel of the package has a case: a function under @triton.jit whose name ends in _kernel."""
+    package = ROOT / "kernels" / "gpt2_kernels"
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.glob("*.py")]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    kernels = {
+        function.name
+        for function in functions
+        if function.name.endswith("_kernel") and any("jit" in ast.unparse(d) for d in function.decorator_list)
     }
-    assert {r["cc"] for r in rows} == {80, 90, 100}
+    assert {r.kernel for r in rows} == kernels
+    assert {r.sm for r in rows} == {80, 90, 100}
 
 
-def test_nothing_spills(rows: list[dict]) -> None:
-    assert not [(r["case"], r["cc"], r["spills"]) for r in rows if r["spills"]]
+def test_nothing_spills(rows: list[Row]) -> None:
+    assert not [(r.case, r.kernel, r.sm, r.spills) for r in rows if r.spills]
 
 
-def test_everything_can_be_launched(rows: list[dict]) -> None:
-    assert not [(r["case"], r["cc"], r["shared_bytes"]) for r in rows if r["over_limit"] or r["blocks_per_sm"] < 1]
+def test_everything_can_be_launched(rows: list[Row]) -> None:
+    assert not [(r.case, r.kernel, r.sm, r.shared) for r in rows if r.blocks < 1]
     # two blocks hide each other's latency in the kernels that GPT-2 spends its time in
-    for case in ("attention D=64 bf16", "linear 768x3072 gelu_tanh bf16"):
-        assert [r["blocks_per_sm"] for r in rows if r["case"] == case and r["cc"] == 90] == [2]
+    busiest = {"attention D=64 bf16": "attention_kernel", "linear 768x3072 gelu_tanh bf16": "linear_kernel"}
+    assert [r.blocks for r in rows if r.sm == 90 and busiest.get(r.case) == r.kernel] == [2, 2]
 
 
-def test_half_precision_runs_on_tensor_cores(rows: list[dict]) -> None:
+def test_products_run_on_the_tensor_cores_that_are_expected(rows: list[Row]) -> None:
     for r in rows:
-        if r["case"].endswith(("fp32", "norm")) or "norm" in r["case"] or "append" in r["case"]:
-            continue
-        instruction = "HMMA" if r["cc"] == 90 and r["threads"] and "paged" in r["case"] else TENSOR_CORES[r["cc"]]
-        counts = r["instructions"]
-        assert counts.get(instruction, 0) or counts.get("HMMA", 0) or counts.get("HGMMA", 0), (r["case"], r["cc"])
-    attention = [r for r in rows if r["case"] in ("attention D=64 bf16", "linear 768x3072 plain bf16")]
-    assert all(r["instructions"].get(TENSOR_CORES[r["cc"]], 0) for r in attention)
+        keys = [key for key in MMA if f"{r.kernel}: {r.case}".startswith(key)]
+        assert keys, f"say in MMA which instruction {r.kernel} multiplies with"
+        expected = NONE if "fp32" in r.case else MMA[max(keys, key=len)]
+        assert r.mma == expected[(80, 90, 100).index(r.sm)], (r.case, r.kernel, r.sm)
 
 
-def test_float32_is_not_rounded_to_tf32(rows: list[dict]) -> None:
+def test_descriptors_are_used_where_expected(rows: list[Row]) -> None:
     for r in rows:
-        if r["case"].endswith("fp32"):
-            assert not any(r["instructions"].get(name, 0) for name in TENSOR_CORES.values()), (r["case"], r["cc"])
+        assert (r.tma > 0) == (r.kernel in TMA and r.sm == 90), (r.case, r.kernel, r.sm)
 
 
-def test_rows_are_read_128_bits_at_a_time(rows: list[dict]) -> None:
+def test_rows_are_read_128_bits_at_a_time(rows: list[Row]) -> None:
     for r in rows:
-        if "layer_norm" in r["case"]:
-            assert r["instructions"]["LDG.128"] == r["instructions"]["LDG"], (r["case"], r["cc"])
+        if r.kernel == "layer_norm_kernel":
+            assert r.ldg_128 == r.ldg, (r.case, r.sm)
+
+
+def test_lengths_and_batch_do_not_decide_what_is_compiled() -> None:
+    """Rows, queries, keys, sequences of 1..1024: one machine code of each kernel, so the same bits, at once."""
+    done = child(["-c", "from benchmarks.compile_report import variants; print(variants())"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = ast.literal_eval(done.stdout)
+    assert not {name: kernels for name, kernels in counts.items() if max(kernels.values()) > 1}
+
+
+def test_more_sequences_than_one_launch_takes() -> None:
+    """The second axis of a grid ends at 65535."""
+    code = """
+import torch, gpt2_kernels as ops
+from benchmarks.offline import offline
+from gpt2_kernels import _runtime
+S = 70_000
+table, lens, cu = (torch.zeros(shape, dtype=torch.int32) for shape in ((S, 1), (S,), (S + 1,)))
+cache, q = torch.empty(4, 16, 2, 64), torch.empty(S, 6, 64)
+with _runtime.force("triton"), offline(90, compile=False) as launches:
+    ops.paged_attention(q, cache, cache, table, lens, cu, 1)
+print([launch.grid for launch in launches])
+"""
+    done = child(["-c", code])
+    assert done.stdout == "[(6, 65535, 1), (6, 4465, 1)]\n", done.stderr[-3000:]
+
+
+def test_a_damaged_snapshot_is_noticed(tmp_path: Path) -> None:
+    """Of another form: read as none, so that `--write` makes it anew and `--check` fails."""
+    path = tmp_path / "compile_triton_3.7.txt"
+    assert read_snapshot(path) == ("", [])
+    text = snapshot_path("3.7").read_text(encoding="utf-8")
+    path.write_text(text.replace("fingerprint", "hash"), encoding="utf-8")
+    assert read_snapshot(path) == ("", [])
+    path.write_text(text, encoding="utf-8")
+    assert read_snapshot(path) == read_snapshot(snapshot_path("3.7"))

@@ -66,6 +66,13 @@ def test_autotune_compiles_every_configuration_and_then_the_chosen_one(output):
     assert output["tuned grids"] == [[4], [2], [4]]
 
 
+def test_fingerprints_tell_variants_apart_without_compiling(output):
+    first, again, other_option, other_argument, compiled = output["fingerprints"]
+    assert first == again == compiled
+    assert len({first, other_option, other_argument}) == 3
+    assert output["compiled"] == [False, False, False, False, True]
+
+
 @pytest.mark.parametrize(
     "cc, registers, threads, shared_kib, blocks",
     [
