@@ -1,0 +1,183 @@
+"""PyTorch's own samples for the operators that ours stand for, through ours: forward and gradients against float64.
+
+The samples are those by which PyTorch tests itself (OpInfo). What is run, what is left out and why is a table here:
+a sample that is dropped without a word, or for a reason that is not listed, fails.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_accurate, wide
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import SampleInput
+
+import gpt2_kernels as ops
+
+
+class Work(NamedTuple):
+    """One sample as a function of its floating-point tensors."""
+
+    ours: Callable[..., Tensor]
+    theirs: Callable[..., Tensor]  # also the truth, on float64 tensors
+    leaves: list[Tensor]
+    # of the leaves and the incoming gradient, all float64: how large are the terms that cancel in the result and in the
+    # gradient of each leaf
+    terms: Callable[..., list[float]] = lambda *_: [0.0] * 4
+
+
+class Skip(NamedTuple):
+    """A sample that ours does not take: why, and the call that must then raise."""
+
+    reason: str
+    call: Callable[[], Any]
+
+
+def largest(*tensors: Tensor) -> float:
+    """Product of the largest magnitudes."""
+    return float(torch.stack([t.abs().max() if t.numel() else t.new_zeros(()) for t in tensors]).prod())
+
+
+def layer_norm(sample: SampleInput) -> Work | Skip:
+    shape, *weights = sample.args
+    options = sample.kwargs
+    leaves = [sample.input, *weights]
+
+    def terms(x: Tensor, *rest: Tensor) -> list[float]:  # (x - mean) rstd, and what is left of the gradient without it
+        axes = tuple(range(-len(shape), 0))
+        rstd = ((x - x.mean(axes, keepdim=True)).square().mean(axes) + options.get("eps", 1e-5)).rsqrt()
+        return [0.0, largest(rstd, *rest), largest(x, rstd, rest[-1]), 0.0]
+
+    if len(shape) > 1:
+        # The operator takes one axis: they are merged by hand.
+        if options["eps"] < 0:
+            return Skip("negative eps", lambda: ops.layer_norm(sample.input, weights[0][0], weights[1][0], **options))
+        merged = len(shape)
+
+        def on_one_axis(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            flat = ops.layer_norm(x.flatten(-merged), weight.flatten(), bias.flatten(), **options)
+            return flat.view(x.shape)
+
+        return Work(on_one_axis, lambda x, *rest: F.layer_norm(x, shape, *rest, **options), leaves, terms)
+
+    def ours(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return ops.layer_norm(x, x.new_ones(shape) if weight is None else weight, bias, **options)
+
+    return Work(ours, lambda x, *rest: F.layer_norm(x, shape, *rest, **options), leaves, terms)
+
+
+def attention(sample: SampleInput) -> Work | Skip:
+    leaves, options = [sample.input, *sample.args], dict(sample.kwargs)
+    if options.get("attn_mask") is not None:
+        return Skip("arbitrary mask", lambda: ops.scaled_dot_product_attention(*leaves, **options))
+    p = options.pop("dropout_p", 0.0)
+
+    def terms(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[float]:
+        """Scores in the hundreds, whose rounding becomes that of the probability, times v or grad; probability times
+        (grad v - its mean), times k or q."""
+        scale = q.shape[-1] ** -0.5 / (1 - p)
+        scores, shares = largest(q.abs() @ k.abs().mT) * scale, largest(grad.abs() @ v.abs().mT) * scale
+        return [scores * largest(v), shares * largest(k), shares * largest(q), scores * largest(grad)]
+
+    if not p:
+        return Work(
+            lambda *t: ops.scaled_dot_product_attention(*t, **options),
+            lambda *t: F.scaled_dot_product_attention(*t, **options),
+            leaves,
+            terms,
+        )
+    # Other elements are dropped than PyTorch drops. With values from the identity the same seed shows which.
+    seed, S = 7, leaves[2].shape[-2]
+
+    def dropped(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(seed)
+        return ops.scaled_dot_product_attention(*tensors, dropout_p=p, **options)
+
+    query, key, value = (t.detach() for t in leaves)
+    keep = (
+        dropped(query, key, torch.eye(S, dtype=value.dtype, device=value.device).expand(*value.shape[:-2], S, S)) != 0
+    )
+
+    def with_those_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if options["is_causal"]:
+            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+        return (torch.softmax(scores, -1) * keep / (1 - p)) @ v
+
+    return Work(dropped, with_those_dropped, leaves, terms)
+
+
+def gelu(sample: SampleInput) -> Work | Skip:
+    """Ours is the epilogue of `linear`. A weight of 2 P, P a cyclic permutation, and an input halved: both products are
+    exact in every dtype, so the sample's own values reach the GELU, and a weight read transposed would show."""
+    x, options = sample.input, sample.kwargs
+    activation = {"none": "gelu", "tanh": "gelu_tanh"}[options.get("approximate", "none")]
+    weight = (2.0 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).roll(1, 0)).requires_grad_()
+    return Work(
+        lambda x, weight: ops.linear(x * 0.5, weight, activation=activation),
+        lambda x, weight: F.gelu(F.linear(x * 0.5, weight), **options),
+        [x, weight],
+    )
+
+
+def linear(sample: SampleInput) -> Work | Skip:
+    return Work(ops.linear, F.linear, [sample.input, *sample.args])
+
+
+# operator of PyTorch -> how a sample of it is put to ours, samples run at least, samples left out at most and why. The
+# counts are of torch 2.13; another version may have more.
+OPERATORS: dict[str, tuple[Callable[[SampleInput], Work | Skip], int, dict[str, int]]] = {
+    "nn.functional.layer_norm": (layer_norm, 5, {"negative eps": 1}),
+    "nn.functional.scaled_dot_product_attention": (attention, 24, {"arbitrary mask": 1}),
+    "nn.functional.gelu": (gelu, 8, {}),
+    "nn.functional.linear": (linear, 18, {}),
+}
+
+
+def samples(name: str, device: torch.device, dtype: torch.dtype) -> list[SampleInput]:
+    [info] = [op for op in op_db if op.name == name and not op.variant_test_name]
+    torch.manual_seed(0)
+    return list(info.sample_inputs(device, dtype, requires_grad=True))
+
+
+def check(work: Work, what: str) -> None:
+    leaves = [t.detach().requires_grad_() for t in work.leaves]  # detach keeps the layout
+    exact = wide(*leaves)
+    out, theirs, truth = work.ours(*leaves), work.theirs(*leaves), work.theirs(*exact)
+    grad = torch.randn_like(theirs)
+    terms = work.terms(*(t.detach() for t in exact), grad.double())
+    assert_accurate(out, theirs, truth, terms=terms[0], what=what)
+    ours = torch.autograd.grad(out, leaves, grad)
+    other = torch.autograd.grad(theirs, leaves, grad)
+    truths = torch.autograd.grad(truth, exact, grad.double())
+    for i, (a, b, c, size) in enumerate(zip(ours, other, truths, terms[1:])):
+        assert_accurate(a, b, c, factor=3, terms=size, what=f"{what}, gradient of input {i}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float32, "as given"), (torch.bfloat16, "as given"), (torch.float32, "not contiguous")],
+    ids=["float32", "bfloat16", "not contiguous"],
+)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_samples(path: torch.device, name: str, dtype: torch.dtype, layout: str) -> None:
+    adapt, least, allowed = OPERATORS[name]
+    run, left_out = 0, Counter[str]()
+    for number, sample in enumerate(samples(name, path, dtype)):
+        work = adapt(sample if layout == "as given" else sample.noncontiguous())
+        if isinstance(work, Skip):
+            left_out[work.reason] += 1
+            with pytest.raises((ValueError, TypeError)):  # left out because it is refused, not because it is wrong
+                work.call()
+        else:
+            check(work, f"{name}, sample {number}")
+            run += 1
+    print(f"{name}, {dtype}, {layout}: {run} samples run, left out: {dict(left_out) or 'none'}")
+    assert run >= least
+    assert left_out <= Counter(allowed)
