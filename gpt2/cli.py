@@ -1,38 +1,47 @@
 """The command `gpt2`: generate text, look at the next token, and see what this machine runs on.
 
-Text goes to stdout and nothing else does. A mistake of the user's is one line on stderr and exit status 2.
+Text goes to stdout and nothing else does. A mistake of the user's is one line on stderr and exit status 2; Ctrl-C ends
+with 130, a reader that leaves early with 141. PyTorch, which takes seconds to import, is asked for once all options
+have been checked.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-import tiktoken
+from gpt2.config import PRESETS, preset_or_folder
 
-from gpt2.config import PRESETS
-from gpt2.tokenizer import END_OF_TEXT
+if TYPE_CHECKING:
+    import tiktoken
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
-    options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        options = _parser().parse_args(arguments)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than a model writes
+        try:
+            options.run(options)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except (ValueError, OSError) as e:
+            fail(options.command, str(e))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the exit
         sys.exit(130)
-    except (ValueError, OSError) as e:
-        fail(options.command, str(e))
 
 
 def fail(command: str, message: str) -> NoReturn:
@@ -124,17 +133,16 @@ def _prompt(text: str) -> str:
 
 def _load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
     """The model and its tokenizer. torch is imported here: `--help` and bad options answer at once."""
+    preset_or_folder(options.model, "--model")
+    if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", options.device):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
+
     import torch
 
     from gpt2.model import GPT2
     from gpt2.tokenizer import load_tokenizer
 
-    try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {options.device!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device must exist, got {options.device!r} with {torch.cuda.device_count()} GPUs")
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -162,6 +170,7 @@ def _generate(options: argparse.Namespace) -> None:
     model, tokenizer = _load(options)
 
     from gpt2.engine import Engine
+    from gpt2.tokenizer import END_OF_TEXT
 
     engine = Engine(model, tokenizer, max_batch=min(params.n, 256))
     out = sys.stdout
@@ -183,10 +192,13 @@ def _write(out: TextIO, text: str) -> None:
 
 
 def _next(options: argparse.Namespace) -> None:
-    import torch
-
     prompt = _prompt(options.prompt)
     model, tokenizer = _load(options)
+
+    import torch
+
+    from gpt2.tokenizer import END_OF_TEXT
+
     limit = model.config.n_positions
     tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT}, disallowed_special=())
     tokens = tokens or [model.config.eos_token_id]
@@ -261,8 +273,9 @@ def _info(options: argparse.Namespace) -> None:
     print(f"cpu     {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"C++ operators: {_native.status()}")
     print()
-    print(f"{'operator':18}" + "".join(f"{'on ' + device:28}" for device in devices))
+    width = max(len(op) for op in ops.OPS) + 2
+    print(f"{'operator':{width}}" + "".join(f"{'on ' + device:28}" for device in devices))
     for op in sorted(ops.OPS):
-        print(f"{op:18}" + "".join(f"{ops.path_of(op, device):28}" for device in devices).rstrip())
+        print(f"{op:{width}}" + "".join(f"{ops.path_of(op, device):28}" for device in devices).rstrip())
     print()
     print(f"models: {', '.join(PRESETS)}, or a folder")

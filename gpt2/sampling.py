@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_STOP_STRINGS = 16
+MAX_SAMPLES = 4096  # of one request: each holds a copy of the prompt and waits in the queue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SamplingParams:
     min_p: float = 0.0  # only tokens at least this share of the likeliest one's probability; 0 is off
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the text so far become less likely
     seed: int | None = None  # same seed, same text; None draws a fresh one, which the Completion reports
-    n: int = 1  # samples of the same prompt; sample i draws with (seed, i, position)
+    n: int = 1  # samples of the same prompt, at most 4096; sample i draws with (seed, i, position)
     stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
     stop_token_ids: tuple[int, ...] = ()  # tokens that end it, besides <|endoftext|>
     ignore_eos: bool = False  # write on after <|endoftext|>
@@ -61,7 +62,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("min_p", _number(lambda v: 0 <= v <= 1), "a number in [0, 1]"),
     ("repetition_penalty", _number(lambda v: v > 0), "a number above 0"),
     ("seed", lambda v: v is None or _integer(0, 2**63 - 1)(v), "None or an integer in 0..2^63 - 1"),
-    ("n", _integer(1), "an integer of at least 1"),
+    ("n", _integer(1, MAX_SAMPLES), f"an integer in 1..{MAX_SAMPLES}"),
     ("stop", lambda v: len(v) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings"),
     ("stop", lambda v: all(isinstance(s, str) and s for s in v), "strings that are not empty"),
     ("stop_token_ids", lambda v: all(_integer(0)(t) for t in v), "integers of at least 0"),

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,11 +132,13 @@ def test_info_shows_the_path_of_every_operator(capsys: pytest.CaptureFixture[str
         (["generate", "x", "--model", "./nope"], "is not a folder"),
         (["generate", "x", "--temperature", "-1"], "temperature must be a number of at least 0, got -1.0"),
         (["generate", "x", "--top-p", "0"], "top_p must be a number in (0, 1], got 0.0"),
-        (["generate", "x", "-n", "0"], "n must be an integer of at least 1, got 0"),
+        (["generate", "x", "-n", "0"], "n must be an integer in 1..4096, got 0"),
+        (["generate", "x", "-n", "4097"], "n must be an integer in 1..4096, got 4097"),
         (["generate", "x", "--max-tokens", "5000"], "prompt and max_tokens must fit in 64 positions"),
         (["generate", "word " * 100], "a prompt must be at most 64 tokens"),
         (["next", "word " * 100], "a prompt must be at most 64 tokens"),
         (["generate", "x", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["generate", "x", "--device", "cuda:"], "--device must be cpu, cuda or cuda:N, got 'cuda:'"),
         (["generate", "x", "--device", "cuda:99"], "--device must exist, got 'cuda:99'"),
         (["generate", "\udcff"], "the prompt is not valid UTF-8"),
     ],
@@ -179,6 +183,64 @@ def test_stdin_and_pipes() -> None:
     assert process().returncode == 2
     helped = process("generate", "--help")
     assert helped.returncode == 0 and b"--temperature" in helped.stdout
+
+
+def test_help_and_mistakes_do_not_wait_for_torch() -> None:
+    """They took 1.7 s, and take 0.1 s."""
+    code = """
+import sys
+sys.modules["torch"] = None  # any import of it fails
+from gpt2 import cli
+for arguments, expected in [
+    (["--help"], 0), (["generate", "--help"], 0), ([], 2), (["generate", "x", "--bogus"], 2),
+    (["generate", "-n", "0"], 2), (["generate", "--model", "nope"], 2), (["next", "--device", "tpu"], 2),
+    (["generate", "\\udcff"], 2),
+]:
+    try:
+        cli.main(arguments)
+    except SystemExit as e:
+        assert e.code == expected, (arguments, e.code)
+"""
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("when", ["gpt2.sampling", "numpy", "torch", "gpt2.engine", "text"])
+def test_ctrl_c_at_any_time(folder: str, when: str) -> None:
+    """Once a module has been imported, or while text is written: status 130 and nothing said."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    options = ["--model", folder, "--ignore-eos", "-n", "4000", "--temperature", "0"]
+    child = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "gpt2", "generate", "x", *options],
+        env={**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    for line in child.stderr:  # "import time: 12 | 345 |   torch", as each import ends
+        if line.split("|")[-1].strip() == (when if when != "text" else "gpt2.engine"):
+            break
+    if when == "text":
+        time.sleep(1.0)  # in the midst of 4000 samples
+    child.send_signal(signal.SIGINT)
+    said = [line for line in child.stderr if not line.startswith("import time:")]
+    assert (child.wait(60), said) == (130, [])
+
+
+def test_a_terminal_that_knows_ascii_alone(folder: str) -> None:
+    done = process(
+        "generate", "Der B\u00e4r", "--model", folder, "--max-tokens", "3", "--seed", "1", PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 0 and done.stdout.startswith(b"Der B?r") and done.stderr == b""
+    done = process("next", "Der B\u00e4r", "--model", folder, PYTHONIOENCODING="ascii", stdin=b"1\nq\n")
+    assert done.returncode == 0 and done.stdout.startswith(b"Der B?r") and done.stderr == b""
 
 
 def test_the_shipped_model_writes_a_story(capsys: pytest.CaptureFixture[str]) -> None:
