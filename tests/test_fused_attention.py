@@ -113,9 +113,10 @@ def test_large_scores_do_not_overflow(path: torch.device) -> None:
     assert_accurate(ops.attention(q, k, v), theirs, truth)
 
 
-@pytest.mark.parametrize(
-    ("T", "stride"), [(6, 2**29), (70, 2**25)], ids=["in one block of keys", "from block to block"]
-)
+FAR = pytest.mark.parametrize(("T", "stride"), [(6, 2**29), (70, 2**25)], ids=["in one block", "from block to block"])
+
+
+@FAR
 def test_offsets_beyond_two_to_the_31(path: torch.device, T: int, stride: int) -> None:
     """Strides so large that an offset in int32 would wrap; the memory between is never touched."""
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
@@ -252,11 +253,12 @@ def test_gradients_have_the_same_bits_each_time_and_alone(path: torch.device) ->
         assert all(torch.equal(a[1:2], b) for a, b in zip(first, alone))
 
 
-def test_offsets_beyond_two_to_the_31_backward(path: torch.device) -> None:
+@FAR
+def test_offsets_beyond_two_to_the_31_backward(path: torch.device, T: int, stride: int) -> None:
     """Every pointer of the backward pass in turn has rows so far apart that an offset in int32 would wrap."""
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
-    T, D, stride = 70, 16, 2**25
+    D = 16
     storage = torch.empty(T * stride + D, dtype=torch.float16, device=path)
     far = storage.as_strided((1, T, 1, D), (0, stride, D, 1))
     q, k, v, grad = (torch.randn(1, T, 1, D, device=path).to(torch.float16) for _ in range(4))
