@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,8 +25,12 @@ from gpt2_kernels import _native
 try:
     import triton
     import triton.language as tl
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
 
     HAS_TRITON = True
+    _triton_run = JITFunction.run  # a tool that watches launches or turns them into compilations replaces it
 except ImportError:  # Triton is published for Linux alone; everywhere else its kernels are never launched
     HAS_TRITON = False
 
@@ -40,6 +44,8 @@ except ImportError:  # Triton is published for Linux alone; everywhere else its 
             return args[0] if len(args) == 1 and callable(args[0]) else self
 
     triton = tl = _Absent()
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 OPS: dict[str, str] = {}  # operator -> what computes it on a CPU ("native", "torch"), or everywhere ("torch only")
 library = torch.library.Library("gpt2_kernels", "DEF")
@@ -133,6 +139,112 @@ def distinct(*args: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
+_variants: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # what a launch depends on -> the compiled kernel's launcher
+_GRID_REST = ((), (1, 1), (1,), ())
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """`kernel[grid](*args, **meta)`, for less of the host's time: run-time arguments by position, constexprs by name.
+
+    Triton itself chooses and compiles a variant, the first time; a launch that is equal in all that Triton looks at
+    goes to that compiled kernel directly, with the arguments themselves, so that Triton's launcher still checks them.
+    Everything unusual takes Triton's own way every time: the interpreter, autotuned kernels, launch hooks (profilers),
+    tools that replace JITFunction.run, a pointer that is not 16-byte aligned, an integer past 32 bits, and arguments
+    of any type but Tensor, int, float and None.
+    """
+    if type(kernel) is not JITFunction or JITFunction.run is not _triton_run:
+        kernel[grid](*args, **meta)
+        return
+    runtime = triton.knobs.runtime
+    active = driver.active
+    device = active.get_current_device()
+    key: list[Any] = [kernel, active, device, runtime.debug, triton.knobs.compilation.instrumentation_mode]
+    key += meta
+    key += meta.values()
+    addresses = 0
+    plain = not (
+        getattr(runtime.launch_enter_hook, "calls", True)
+        or getattr(runtime.launch_exit_hook, "calls", True)
+        or kernel.pre_run_hooks
+        or runtime.add_stages_inspection_hook
+    )
+    # One entry for each argument, at least as fine as Triton's own specialization (tests/test_runtime.py compares).
+    for a in args:
+        kind = type(a)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            addresses |= a.data_ptr()
+            key.append(a.dtype)
+        elif kind is int:
+            if not -0x80000000 <= a <= 0x7FFFFFFF:
+                plain = False
+            key.append("one" if a == 1 else not a & 15)
+        elif kind is float or a is None:
+            key.append(kind)
+        else:
+            plain = False
+    if not plain or addresses & 15:
+        kernel[grid](*args, **meta)
+        return
+    found = tuple(key)
+    variant = _variants.get(found)
+    if variant is None:
+        compiled = kernel[grid](*args, **meta)
+        names = [p.name for p in kernel.params[len(args) :]]
+        if (
+            isinstance(compiled, CompiledKernel)
+            and compiled.metadata.target.backend == "cuda"
+            and not kernel.used_global_vals  # Triton compares these at every launch
+            and all(p.is_constexpr and p.name in meta for p in kernel.params[len(args) :])
+        ):
+            constants = tuple(meta[name] for name in names)  # Triton's launcher counts them as arguments
+            _variants[found] = compiled.run, compiled.function, compiled.packed_metadata, constants
+        return
+    run, function, packed, constants = variant
+    stream = active.get_current_stream(device)
+    run(*grid, *_GRID_REST[len(grid)], stream, function, packed, None, None, None, *args, *constants)
+
+
+def autocast(to: str) -> Callable[[Function], Function]:
+    """Decorates a public function, whose tensors share a dtype: under torch.autocast it casts them to one first.
+
+    to="lower" is autocast's own dtype, for matrix products and attention; to="float32" is for normalisation and losses.
+    These are the choices that PyTorch makes for its functions on a GPU, and here they hold on a CPU too. The casts are
+    ordinary ones, outside of the operator: gradients come back in the dtype of the parameters. float64 is left alone.
+    """
+    if to not in ("lower", "float32"):
+        raise ValueError(f"autocast: to must be 'lower' or 'float32', got {to!r}")
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+            return value
+        device = value.device.type
+        if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
+            return value
+        return value.to(torch.get_autocast_dtype(device) if to == "lower" else torch.float32)
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def on_cast(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+                return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+            return function(*args, **kwargs)
+
+        return on_cast  # type: ignore[return-value]
+
+    return decorate
+
+
+def _refuse_gradient(name: str, args: tuple[Any, ...]) -> None:
+    """A public function records its gradient and comes here with recording off. Whoever calls torch.ops.gpt2_kernels
+    itself with recording on would get none, and PyTorch says so only in a warning of the backward pass."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.requires_grad:
+            raise ValueError(
+                f"{name}: torch.ops.gpt2_kernels.{name} records no gradient: call the function of gpt2_kernels, or use "
+                f"torch.no_grad(), got a tensor with requires_grad=True"
+            )
+
+
 def register(
     schema: str,
     *,
@@ -150,6 +262,8 @@ def register(
 
     @functools.wraps(cpu_impl)
     def on_cpu(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            _refuse_gradient(name, args)
         if not triton_on_cpu():
             if torch.is_autocast_enabled("cpu"):  # or PyTorch's functions inside would change the dtype of the result
                 with torch.autocast("cpu", enabled=False):
@@ -164,6 +278,8 @@ def register(
         return triton_impl(*args)
 
     def on_cuda(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            _refuse_gradient(name, args)
         # Triton launches on the current device, which need not be that of the tensors; the first argument is one.
         device = args[0].device
         if device.index == torch.cuda.current_device():

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
 from gpt2_kernels._dropout import dropout_keep
-from gpt2_kernels._runtime import accumulator, distinct, register, tl, triton
+from gpt2_kernels._runtime import accumulator, autocast, distinct, register, tl, triton
 
 LOG2_E = 1.4426950408889634
 
@@ -384,6 +384,7 @@ def _apply(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tens
     return torch.ops.gpt2_kernels.attention(q, k, v, *options)
 
 
+@autocast("lower")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -424,6 +425,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@autocast("lower")
 def attention_varlen(
     q: Tensor,
     k: Tensor,

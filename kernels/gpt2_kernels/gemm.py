@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, _native, _runtime, reference
-from gpt2_kernels._runtime import OPS, register, tl, triton
+from gpt2_kernels._runtime import OPS, autocast, register, tl, triton
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -230,6 +230,7 @@ def _check_arguments(
     _check.shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]), "the shape of the result")
 
 
+@autocast("lower")
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -261,6 +262,7 @@ def _apply(
     return torch.ops.gpt2_kernels.linear(x, weight, bias, residual, activation, batch_invariant)
 
 
+@autocast("lower")
 def gelu_mlp(
     x: Tensor,
     w1: Tensor,

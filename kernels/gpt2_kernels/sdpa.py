@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_kernels import _check
+from gpt2_kernels._runtime import autocast
 from gpt2_kernels.fused_attention import attention
 
 OP = "scaled_dot_product_attention"
@@ -53,6 +54,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout
     return out
 
 
+@autocast("lower")
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
