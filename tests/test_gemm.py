@@ -189,10 +189,3 @@ def test_bad_input(path: torch.device) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_autocast_does_not_change_the_dtype(path: torch.device) -> None:
-    x, weight, bias, residual = inputs(path, torch.float32, 5, 64, 40)
-    expected = ops.linear(x, weight, bias, activation="gelu", residual=residual)
-    with torch.autocast(path.type, torch.bfloat16):
-        assert torch.equal(ops.linear(x, weight, bias, activation="gelu", residual=residual), expected)

@@ -209,7 +209,8 @@ def autocast(to: str) -> Callable[[Function], Function]:
 
     to="lower" is autocast's own dtype, for matrix products and attention; to="float32" is for normalisation and losses.
     These are the choices that PyTorch makes for its functions on a GPU, and here they hold on a CPU too. The casts are
-    ordinary ones, outside of the operator: gradients come back in the dtype of the parameters. float64 is left alone.
+    ordinary ones, outside of the operator: gradients come back in the dtype of the parameters. float64 is left alone. A
+    fused residual is cast like the rest; add it outside where a stream of residuals is to stay in float32.
     """
     if to not in ("lower", "float32"):
         raise ValueError(f"autocast: to must be 'lower' or 'float32', got {to!r}")
