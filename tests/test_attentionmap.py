@@ -113,6 +113,17 @@ def test_it_is_what_attention_used(path: torch.device, dtype: torch.dtype) -> No
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
 
+def test_under_autocast_too(path: torch.device) -> None:
+    case = Case(1, 20, 20, 2, 2, 16)
+    q, k = inputs(path, torch.float32, case)
+    with torch.autocast(path.type, torch.bfloat16):
+        _, lse = ops.attention(q, k, k, return_lse=True)
+        p = ops.attention_map(q, k, lse)
+    assert p.dtype == torch.float32
+    torch.testing.assert_close(p, ops.attention_map(q.bfloat16(), k.bfloat16(), lse))
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(lse), rtol=0, atol=1e-4)
+
+
 def test_scale(path: torch.device) -> None:
     case = Case(1, 30, 30, 1, 1, 16)
     q, k = inputs(path, torch.float32, case)

@@ -88,7 +88,7 @@ def test_positional_arguments(path: torch.device) -> None:
 )
 def test_nothing_is_copied(path: torch.device, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, options = CASES[name]
-    q, k, v = inputs(path, torch.float32, shapes)
+    q, k, v = (t.mT.contiguous().mT[..., ::2] for t in inputs(path, torch.float32, shapes))  # no layout of our choice
     calls = []
 
     def spy(*tensors: Tensor, **options: object) -> Tensor:
@@ -100,7 +100,8 @@ def test_nothing_is_copied(path: torch.device, name: str, monkeypatch: pytest.Mo
     [(tensors, result)] = calls
     for given, passed in zip((q, k, v), tensors):
         assert passed.data_ptr() == given.data_ptr()
-        assert passed.stride() == given.transpose(1, 2).stride()
+        expected = given.transpose(1, 2)
+        assert all(a == b for a, b, n in zip(passed.stride(), expected.stride(), passed.shape) if n > 1)
     assert out.data_ptr() == result.data_ptr() and out.transpose(1, 2).is_contiguous()
 
 

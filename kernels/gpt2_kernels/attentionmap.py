@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import register, tl, triton
+from gpt2_kernels._runtime import autocast, register, tl, triton
 
 # With top_m, at most this many probabilities exist at once (more only where a single row is longer): 16 MiB, and 32 MiB
 # for the same beside their keys.
@@ -283,6 +283,11 @@ def _indices(op: str, name: str, chosen: int | Iterable[int] | Tensor | None, si
     return torch.tensor([n + size if n < 0 else n for n in numbers], dtype=torch.int64, device=like.device)
 
 
+@autocast("lower")
+def _as_attention_took_them(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return q, k
+
+
 def attention_map(
     q: Tensor,
     k: Tensor,
@@ -311,6 +316,7 @@ def attention_map(
     on the CPU, and on a GPU NaN, or a device assertion under TRITON_DEBUG=1.
     """
     op = "attention_map"
+    q, k = _as_attention_took_them(q, k)
     for name, tensor in (("q", q), ("k", k)):
         _check.rank(op, name, tensor, "(B, T, H, D)")
     _check.same_kind(op, "q", q, k=k)
