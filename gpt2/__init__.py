@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt2.config import PRESETS, GPT2Config
-    from gpt2.engine import Completion, Engine, Output
+    from gpt2.engine import Engine
     from gpt2.model import GPT2
     from gpt2.reference import ReferenceGPT2
+    from gpt2.request import Completion, Output
     from gpt2.sampling import SamplingParams
     from gpt2.tokenizer import load_tokenizer
 
@@ -31,10 +32,10 @@ __all__ = [
 _HOME = {
     "GPT2": "model",
     "PRESETS": "config",
-    "Completion": "engine",
+    "Completion": "request",
     "Engine": "engine",
     "GPT2Config": "config",
-    "Output": "engine",
+    "Output": "request",
     "ReferenceGPT2": "reference",
     "SamplingParams": "sampling",
     "load_tokenizer": "tokenizer",

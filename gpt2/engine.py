@@ -8,10 +8,7 @@ tokens of a request are a function of the weights, its prompt and its parameters
 
 from __future__ import annotations
 
-import dataclasses
-import operator
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
 import tiktoken
@@ -22,68 +19,12 @@ from tqdm import tqdm
 import gpt2_kernels as ops
 from gpt2.blocks import BlockPool
 from gpt2.model import GPT2, PagedBatch
+from gpt2.request import Completion, Logprob, Request, Sample, make_request
 from gpt2.sampling import SamplingParams
 from gpt2.scheduler import Chunk, Scheduler
 from gpt2.scheduler import Sequence as Text
-from gpt2.text import TextStream
-from gpt2.tokenizer import END_OF_TEXT
 
 PREFILL_TOKENS = 2048  # most prompt tokens of one step, so that texts under way keep moving
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads sample numbers over the seeds
-
-
-@dataclasses.dataclass(frozen=True)
-class Logprob:
-    """A generated token's log-probability, and those of the likeliest tokens at its place."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One sample: its text, and its tokens with the one that ended it, if one did."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str  # "stop": end-of-text, a stop token or a stop string; "length": max_tokens; "abort"
-    logprobs: list[Logprob] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What became of one request: `n` outputs, in the order of their sample numbers."""
-
-    prompt_tokens: list[int]
-    outputs: list[Output]
-    request_id: int = -1
-    seed: int = 0  # that of the parameters, or the fresh one that was drawn
-
-
-@dataclasses.dataclass(eq=False)
-class _Sample:
-    """A sequence in the making."""
-
-    request: _Request
-    sequence: Text
-    seed: int  # int64
-    stream: TextStream
-    logprobs: list[Logprob]
-    finish_reason: str | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class _Request:
-    number: int
-    prompt: list[int]
-    params: SamplingParams
-    seed: int
-    samples: list[_Sample] = dataclasses.field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        return all(s.finish_reason is not None for s in self.samples)
 
 
 class Engine:
@@ -132,8 +73,8 @@ class Engine:
             prefill_tokens=PREFILL_TOKENS,
             prefix_caching=prefix_caching,
         )
-        self._requests: dict[int, _Request] = {}
-        self._sample_of: dict[Text, _Sample] = {}
+        self._requests: dict[int, Request] = {}
+        self._sample_of: dict[Text, Sample] = {}
         self._ready: list[Completion] = []  # finished, not yet handed out by `step`
         self._next_number = 0
         self._prompt_tokens = 0
@@ -148,7 +89,7 @@ class Engine:
         """
         return self._enqueue(self._request(prompt, params or SamplingParams()))
 
-    def _enqueue(self, request: _Request) -> int:
+    def _enqueue(self, request: Request) -> int:
         request.number = self._next_number
         for sample in request.samples:
             if sample.sequence.max_length > sample.sequence.prompt_length:
@@ -263,7 +204,7 @@ class Engine:
             raise ValueError("Engine.stream: a tokenizer is needed to make text, got None")
         return self._stream(self._request(prompt, params))  # checked now, queued when the first text is asked for
 
-    def _stream(self, request: _Request) -> Iterator[str]:
+    def _stream(self, request: Request) -> Iterator[str]:
         number = self._enqueue(request)
         sent = 0
         try:
@@ -286,64 +227,10 @@ class Engine:
             self.abort(number)
         self._ready = [c for c in self._ready if c.request_id not in set(numbers)]
 
-    # -- one request
-
-    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> _Request:
-        config = self.model.config
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"Engine: params must be SamplingParams, got {type(params).__name__}")
-        tokens = self._encode(prompt)
-        if len(tokens) > config.n_positions:
-            raise ValueError(f"Engine: a prompt must be at most {config.n_positions} tokens, got {len(tokens)}")
-        length = len(tokens) + params.max_tokens
-        if length > config.n_positions:
-            if params.on_overflow == "error":
-                raise ValueError(
-                    f"Engine: prompt and max_tokens must fit in {config.n_positions} positions, "
-                    f"got {len(tokens)} + {params.max_tokens} (on_overflow='stop' ends the text there instead)"
-                )
-            length = config.n_positions
-        if params.stop and self.tokenizer is None:
-            raise ValueError("Engine: stop strings need a tokenizer, got None")
-        if params.logprobs > config.vocab_size:
-            raise ValueError(f"Engine: logprobs must be at most {config.vocab_size}, got {params.logprobs}")
-        if bad := [t for t in params.stop_token_ids if t >= config.vocab_size]:
-            raise ValueError(f"Engine: stop_token_ids must be below {config.vocab_size}, got {bad[0]}")
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = _Request(-1, tokens, params, seed)
-        for number in range(params.n):
-            leader = request.samples[0].sequence if number else None
-            sequence = Text(tokens=list(tokens), prompt_length=len(tokens), max_length=length, leader=leader)
-            stream = TextStream(self.tokenizer, params.stop)
-            request.samples.append(_Sample(request, sequence, _sample_seed(seed, number), stream, []))
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        request = make_request(prompt, params, self.model.config, self.tokenizer)
         self._scheduler.check(request.samples[0].sequence)
         return request
-
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("Engine: a prompt in text needs a tokenizer, got None")
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ValueError("Engine: a prompt must be valid Unicode, got a lone surrogate") from None
-            tokens = self.tokenizer.encode(prompt, allowed_special={END_OF_TEXT}, disallowed_special=())
-        else:
-            if not isinstance(prompt, Iterable):
-                raise ValueError(f"Engine: a prompt must be text or token ids, got {prompt!r}")
-            tokens = [self._token(token) for token in prompt]
-        return tokens or [self.model.config.eos_token_id]
-
-    def _token(self, token: object) -> int:
-        """A token id as an int; numpy's and torch's integers will do as well."""
-        most = self.model.config.vocab_size - 1
-        try:
-            number = -1 if isinstance(token, bool) else operator.index(token)  # type: ignore[arg-type]
-        except TypeError:
-            number = -1
-        if not 0 <= number <= most:
-            raise ValueError(f"Engine: token ids must be integers in 0..{most}, got {token!r}")
-        return number
 
     # -- one step
 
@@ -393,7 +280,7 @@ class Engine:
             max_seqlen=max(max(c.last - c.first for c in chunks), 2 if chunks[0].sequence.prefilling else 1),
         )
 
-    def _sample(self, samples: list[_Sample], logits: Tensor) -> None:
+    def _sample(self, samples: list[Sample], logits: Tensor) -> None:
         """Draw a token for each sample from its row of logits, and finish those that it ends."""
         params = [s.request.params for s in samples]
 
@@ -427,7 +314,7 @@ class Engine:
                 s.logprobs.append(Logprob(chosen[i], own[i], likeliest))
             self._take(s, chosen[i])
 
-    def _take(self, sample: _Sample, token: int) -> None:
+    def _take(self, sample: Sample, token: int) -> None:
         params, sequence = sample.request.params, sample.sequence
         sequence.tokens.append(token)
         self._output_tokens += 1
@@ -442,33 +329,17 @@ class Engine:
                 self._finish(sample, "length")
         self._hand_out(sample.request)
 
-    def _finish(self, sample: _Sample, reason: str) -> None:
+    def _finish(self, sample: Sample, reason: str) -> None:
         sample.stream.finish()
         sample.finish_reason = "stop" if sample.stream.stopped else reason
         self._sample_of.pop(sample.sequence, None)
         self._scheduler.remove(sample.sequence)
 
-    def _hand_out(self, request: _Request) -> None:
+    def _hand_out(self, request: Request) -> None:
         """Once all samples of a request are finished, put its Completion where `step` finds it."""
-        if not request.done or request.number not in self._requests:
-            return
-        del self._requests[request.number]
-        outputs = [
-            Output(
-                text=s.stream.text,
-                tokens=s.sequence.tokens[s.sequence.prompt_length :],
-                finish_reason=s.finish_reason or "abort",
-                logprobs=s.logprobs if request.params.logprobs else None,
-            )
-            for s in request.samples
-        ]
-        self._ready.append(Completion(request.prompt, outputs, request.number, request.seed))
-
-
-def _sample_seed(seed: int, number: int) -> int:
-    """The seed of sample `number` of a request, as an int64; sample 0 has the request's own."""
-    mixed = (seed ^ (number * GOLDEN)) & (2**64 - 1)
-    return mixed - 2**64 if mixed >= 2**63 else mixed
+        if request.done and request.number in self._requests:
+            del self._requests[request.number]
+            self._ready.append(request.completion())
 
 
 def _free_memory(device: torch.device) -> float:

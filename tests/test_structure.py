@@ -21,8 +21,8 @@ OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDA
 
 # Each may import those before it, and nothing else of the package.
 MODEL_ORDER = (
-    "config", "blocks", "text", "sampling", "tokenizer", "weights", "reference", "model", "scheduler", "engine",
-    "__init__", "cli", "__main__",
+    "config", "blocks", "text", "sampling", "tokenizer", "weights", "reference", "model", "scheduler", "request",
+    "engine", "__init__", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_the_model_is_built_in_one_direction() -> None:
 
 
 def test_bookkeeping_knows_no_tensors() -> None:
-    for stem in ("blocks", "scheduler"):
+    for stem in ("blocks", "scheduler", "request"):
         roots = {name.split(".")[0] for name in imports(MODEL / f"{stem}.py")}
         assert not roots & {"torch", "triton", "numpy", "gpt2_kernels"}, stem
 

@@ -1,0 +1,156 @@
+"""What the engine is asked for and what it answers: a request with its samples, a completion with its outputs.
+
+Plain Python over ints and text. Everything that can be wrong with a prompt and its parameters is found here, before any
+work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import secrets
+from collections.abc import Iterable, Sequence
+
+import tiktoken
+
+from gpt2 import scheduler
+from gpt2.config import GPT2Config
+from gpt2.sampling import SamplingParams
+from gpt2.text import TextStream
+from gpt2.tokenizer import END_OF_TEXT
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads sample numbers over the seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """A generated token's log-probability, and those of the likeliest tokens at its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One sample: its text, and its tokens with the one that ended it, if one did."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str  # "stop": end-of-text, a stop token or a stop string; "length": max_tokens; "abort"
+    logprobs: list[Logprob] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What became of one request: `n` outputs, in the order of their sample numbers."""
+
+    prompt_tokens: list[int]
+    outputs: list[Output]
+    request_id: int = -1
+    seed: int = 0  # that of the parameters, or the fresh one that was drawn
+
+
+@dataclasses.dataclass(eq=False)
+class Sample:
+    """A sequence in the making."""
+
+    request: Request
+    sequence: scheduler.Sequence
+    seed: int  # int64
+    stream: TextStream
+    logprobs: list[Logprob]
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt, what is wanted of it, and the samples that it becomes."""
+
+    number: int  # the engine's, once it is queued
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    samples: list[Sample] = dataclasses.field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return all(s.finish_reason is not None for s in self.samples)
+
+    def completion(self) -> Completion:
+        outputs = [
+            Output(
+                text=s.stream.text,
+                tokens=s.sequence.tokens[s.sequence.prompt_length :],
+                finish_reason=s.finish_reason or "abort",
+                logprobs=s.logprobs if self.params.logprobs else None,
+            )
+            for s in self.samples
+        ]
+        return Completion(self.prompt, outputs, self.number, self.seed)
+
+
+def make_request(
+    prompt: str | Sequence[int], params: SamplingParams, config: GPT2Config, tokenizer: tiktoken.Encoding | None
+) -> Request:
+    """A request whose prompt and parameters fit the model; ValueError, naming the option, where they do not."""
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"Engine: params must be SamplingParams, got {type(params).__name__}")
+    tokens = _encode(prompt, config, tokenizer)
+    if len(tokens) > config.n_positions:
+        raise ValueError(f"Engine: a prompt must be at most {config.n_positions} tokens, got {len(tokens)}")
+    length = len(tokens) + params.max_tokens
+    if length > config.n_positions:
+        if params.on_overflow == "error":
+            raise ValueError(
+                f"Engine: prompt and max_tokens must fit in {config.n_positions} positions, "
+                f"got {len(tokens)} + {params.max_tokens} (on_overflow='stop' ends the text there instead)"
+            )
+        length = config.n_positions
+    if params.stop and tokenizer is None:
+        raise ValueError("Engine: stop strings need a tokenizer, got None")
+    if params.logprobs > config.vocab_size:
+        raise ValueError(f"Engine: logprobs must be at most {config.vocab_size}, got {params.logprobs}")
+    if bad := [t for t in params.stop_token_ids if t >= config.vocab_size]:
+        raise ValueError(f"Engine: stop_token_ids must be below {config.vocab_size}, got {bad[0]}")
+    seed = secrets.randbits(63) if params.seed is None else params.seed
+    request = Request(-1, tokens, params, seed)
+    for number in range(params.n):
+        leader = request.samples[0].sequence if number else None
+        sequence = scheduler.Sequence(tokens=list(tokens), prompt_length=len(tokens), max_length=length, leader=leader)
+        stream = TextStream(tokenizer, params.stop)
+        request.samples.append(Sample(request, sequence, _sample_seed(seed, number), stream, []))
+    return request
+
+
+def _encode(prompt: str | Sequence[int], config: GPT2Config, tokenizer: tiktoken.Encoding | None) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("Engine: a prompt in text needs a tokenizer, got None")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("Engine: a prompt must be valid Unicode, got a lone surrogate") from None
+        tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT}, disallowed_special=())
+    else:
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"Engine: a prompt must be text or token ids, got {prompt!r}")
+        tokens = [_token(token, config.vocab_size - 1) for token in prompt]
+    return tokens or [config.eos_token_id]
+
+
+def _token(token: object, most: int) -> int:
+    """A token id as an int; numpy's and torch's integers will do as well."""
+    try:
+        number = -1 if isinstance(token, bool) else operator.index(token)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if not 0 <= number <= most:
+        raise ValueError(f"Engine: token ids must be integers in 0..{most}, got {token!r}")
+    return number
+
+
+def _sample_seed(seed: int, number: int) -> int:
+    """The seed of sample `number` of a request, as an int64; sample 0 has the request's own."""
+    mixed = (seed ^ (number * GOLDEN)) & (2**64 - 1)
+    return mixed - 2**64 if mixed >= 2**63 else mixed
