@@ -113,6 +113,17 @@ def test_residual(path: torch.device, name: str) -> None:
         assert_accurate(a, b, c, factor=3, what=what)
 
 
+@pytest.mark.parametrize("name", ["GeluMLP", "GeluMLP, no bias", "CausalSelfAttention"])
+def test_a_residual_stream_stays_float32_under_autocast(path: torch.device, name: str) -> None:
+    ours, theirs, exact = pair(path, torch.float32, name)
+    x, residual = torch.randn(2, 2, 11, PAIRS[name][1], device=path)
+    residual = residual * 100  # whose rounding would show
+    with torch.autocast(path.type, torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+        y, other = ours(x, residual), theirs(x, residual)
+    assert_accurate(y - residual, other - residual, exact(x.double()))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_compile(path: torch.device, name: str) -> None:
     ours, _, _ = pair(path, torch.float32, name)

@@ -28,6 +28,12 @@ def _positive(module: str, **sizes: int) -> None:
             _check.fail(module, f"{name} must be at least 1", size)
 
 
+def _added_apart(x: Tensor, residual: Tensor) -> bool:
+    """Whether the residual is kept out of the product: one in float32 would be rounded to the dtype of autocast."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and residual.dtype != torch.get_autocast_dtype(device)
+
+
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over the last axis, of at most 16384 elements: same constructor, state_dict and result.
 
@@ -60,7 +66,8 @@ class GeluMLP(nn.Module):
 
     Parameters: c_fc.weight (hidden, width), c_fc.bias (hidden,), c_proj.weight (width, hidden), c_proj.bias (width,),
     initialised as torch.nn.Linear's. approximate is "tanh" (GPT-2's) or "none" (erf). The residual stream may be handed
-    in, to be added in the epilogue of the second product: mlp(norm(x), x) is x + mlp(norm(x)).
+    in, to be added in the epilogue of the second product: mlp(norm(x), x) is x + mlp(norm(x)). Under autocast a stream
+    in float32 stays so, and is added apart.
     """
 
     def __init__(
@@ -82,6 +89,8 @@ class GeluMLP(nn.Module):
         self.c_proj = nn.Linear(hidden, width, bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None and _added_apart(x, residual):
+            return self(x) + residual
         w1, w2 = self.c_fc, self.c_proj
         if w1.bias is None:
             hidden = linear(x, w1.weight, activation="gelu_tanh" if self.approximate == "tanh" else "gelu")
@@ -132,6 +141,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         _check.rank("CausalSelfAttention", "x", x, "(B, T, width)")
+        if residual is not None and _added_apart(x, residual):
+            return self(x) + residual
         H, Hkv = self.heads, self.kv_heads
         qkv = linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, (H + 2 * Hkv, -1))
         q, k, v = qkv.split((H, Hkv, Hkv), dim=2)  # three views, no copy
