@@ -29,7 +29,7 @@ from torch import Tensor
 
 import gpt2_kernels as ops
 from benchmarks.offline import Entry, analyse, offline
-from gpt2_kernels import _runtime
+from gpt2_kernels import _runtime, crossentropy
 
 ARCHITECTURES = (80, 90, 100)
 MMA = ("HGMMA", "UTCMMA", "HMMA")  # tensor cores of Hopper, Blackwell and Ampere
@@ -61,7 +61,12 @@ def cases() -> dict[str, Callable[[], object]]:
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (64, 80, 128, 256)):
         found[f"attention_map D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _map(D, dtype, None)
     found["attention_map D=64 bf16 window"] = lambda: _map(64, torch.bfloat16, 128)
+    found["attention_map D=64 bf16 full"] = lambda: _map(64, torch.bfloat16, None, causal=False)
+    found["attention_map D=64 bf16 full window"] = lambda: _map(64, torch.bfloat16, 128, causal=False)
     found["append_kv_ D=64 bf16"] = lambda: _append(torch.bfloat16)
+    for dtype, V in itertools.product((torch.bfloat16, torch.float32), (1000, 50257)):
+        found[f"cross_entropy V={V} {SHORT[dtype]}"] = lambda V=V, dtype=dtype: _cross_entropy(V, dtype)
+    found["linear_cross_entropy V=50257 bf16"] = _linear_cross_entropy
     for dtype, C in itertools.product((torch.bfloat16, torch.float32), (768, 1600, 16384)):
         found[f"layer_norm C={C} {SHORT[dtype]}"] = lambda C=C, dtype=dtype: _norm(C, dtype, False)
         found[f"add_layer_norm C={C} {SHORT[dtype]}"] = lambda C=C, dtype=dtype: _norm(C, dtype, True)
@@ -72,6 +77,11 @@ def cases() -> dict[str, Callable[[], object]]:
     for dtype, activation in itertools.product((torch.bfloat16, torch.float32), (None, "gelu_tanh")):
         name = f"linear 768x3072 {activation or 'plain'} {SHORT[dtype]}"
         found[name] = lambda dtype=dtype, activation=activation: _linear(768, 3072, dtype, activation)
+    for dtype, history in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        name = f"sample V=50257 {SHORT[dtype]}{' history' if history else ''}"
+        found[name] = lambda dtype=dtype, history=history: _sample(50257, dtype, history)
+    found["sample V=64 fp32"] = lambda: _sample(64, torch.float32, False)
+    found["sample V=262144 fp16"] = lambda: _sample(262144, torch.float16, False)
     found["linear 100x70 gelu bf16"] = lambda: _linear(100, 70, torch.bfloat16, "gelu")
     return found
 
@@ -98,15 +108,29 @@ def _paged(D: int, dtype: torch.dtype, max_seqlen: int, S: int = 16, max_blocks:
     return ops.paged_attention(torch.empty(max(64, S), 4, D, dtype=dtype), cache, cache, table, lens, cu, max_seqlen)
 
 
-def _map(D: int, dtype: torch.dtype, window: int | None, rows: int = 256, Tk: int = 256) -> object:
+def _map(D: int, dtype: torch.dtype, window: int | None, causal: bool = True, rows: int = 256, Tk: int = 256) -> object:
     q, k = _qkv(D, dtype, T=1024)[0], _qkv(D, dtype, T=Tk)[1]
-    return ops.attention_map(q, k, torch.empty(2, 4, 1024), rows=range(rows), window=window)
+    return ops.attention_map(q, k, torch.empty(2, 4, 1024), rows=range(rows), causal=causal, window=window)
 
 
 def _append(dtype: torch.dtype, N: int = 32, num_blocks: int = 64) -> None:
     cache = torch.empty(num_blocks, 12, 16, 64, dtype=dtype).transpose(1, 2)
     k = torch.empty(N, 3, 12, 64, dtype=dtype)
     ops.append_kv_(k[:, 1], k[:, 2], cache, cache.clone(), torch.zeros(N, dtype=torch.int64))
+
+
+def _cross_entropy(V: int, dtype: torch.dtype, R: int = 64) -> Tensor:
+    """Forward and backward; rows start at multiples of 16 bytes, as the trainer's do."""
+    with torch.enable_grad():
+        logits = torch.empty(R, -(-V // 64) * 64, dtype=dtype)[:, :V].requires_grad_()
+        loss = ops.cross_entropy(logits, torch.zeros(R, dtype=torch.int64))
+        return torch.autograd.grad(loss, logits)[0]
+
+
+def _linear_cross_entropy() -> object:
+    """One chunk of rows, whose gradient replaces them."""
+    logits = torch.empty(64, 50304, dtype=torch.bfloat16)[:, :50257]
+    return crossentropy._rows_triton(logits, torch.zeros(64, dtype=torch.int64), -100, True)
 
 
 def _norm(C: int, dtype: torch.dtype, add: bool, M: int = 64) -> object:
@@ -125,6 +149,22 @@ def _linear(K: int, N: int, dtype: torch.dtype, activation: str | None, M: int =
     return ops.linear(torch.empty(M, K, dtype=dtype), weight, bias, activation=activation)
 
 
+def _sample(V: int, dtype: torch.dtype, history: bool, S: int = 16, top_logprobs: int = 5) -> object:
+    real, whole = torch.ones(S), torch.ones(S, dtype=torch.int64)
+    return ops.sample(
+        torch.empty(S, V, dtype=dtype),
+        temperature=real,
+        top_k=whole,
+        top_p=real,
+        min_p=real,
+        seeds=whole,
+        positions=whole,
+        history=torch.zeros(S, V, dtype=torch.bool) if history else None,
+        repetition_penalty=real if history else None,
+        top_logprobs=top_logprobs,
+    )
+
+
 # --- sizes that a user varies from call to call ---------------------------------------------------------------------
 
 # Equal to 1, divisible by 16, or neither: what Triton tells apart; and each side of a block.
@@ -135,8 +175,9 @@ def lengths() -> dict[str, Callable[[int], object]]:
     """Name -> call with a number of rows, queries, keys or sequences, none of which may decide what is compiled."""
     bf16 = torch.bfloat16
     return {
-        "attention T": lambda n: ops.attention(*_qkv(64, bf16, T=n)),
+        "attention T": lambda n: _attention(_qkv(64, bf16, T=n)),
         "attention Tq": lambda n: ops.attention(_qkv(64, bf16, T=n)[0], *_qkv(64, bf16, T=1024)[1:]),
+        "attention packed T": lambda n: _attention(_qkv(64, bf16, T=n), packed=True),
         "attention_map rows": lambda n: _map(64, bf16, None, rows=n),
         "attention_map Tk": lambda n: _map(64, bf16, None, Tk=n),
         "paged decode S": lambda n: _paged(64, bf16, 1, S=n),
@@ -145,9 +186,13 @@ def lengths() -> dict[str, Callable[[int], object]]:
         "paged decode max_blocks": lambda n: _paged(64, bf16, 1, max_blocks=n),
         "append_kv_ N": lambda n: _append(bf16, N=n),
         "append_kv_ num_blocks": lambda n: _append(bf16, num_blocks=n),
+        "cross_entropy R": lambda n: _cross_entropy(50257, bf16, R=n),
         "layer_norm M": lambda n: _norm(768, bf16, False, M=n),
         "add_layer_norm M": lambda n: _norm(768, bf16, True, M=n),
         "layer_norm_backward M": lambda n: _norm_backward(768, bf16, False, M=n),
+        "sample S": lambda n: _sample(50257, bf16, True, S=n),
+        "sample V": lambda n: _sample(4097 + n, bf16, False),
+        "sample top_logprobs": lambda n: _sample(50257, bf16, False, top_logprobs=min(n, 32)),
         "linear M": lambda n: _linear(768, 3072, bf16, "gelu_tanh", M=n),
     }
 

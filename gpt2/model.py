@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpt2_kernels as ops
@@ -115,11 +114,10 @@ class GPT2(nn.Module):
         return self.logits(self._hidden(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T) int64, where -100 is left out."""
+        """Mean cross-entropy in nats, float32, of targets (B, T) int64, where -100 is left out; holds no logits."""
         if targets.shape != tokens.shape:
             raise ValueError(f"GPT2.loss: targets must be the shape of tokens, got {targets.shape} and {tokens.shape}")
-        logits = self.forward(tokens)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return ops.linear_cross_entropy(self._hidden(tokens), self.wte.weight, targets)
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 2 or tokens.shape[1] > self.config.n_positions:

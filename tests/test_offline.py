@@ -33,10 +33,13 @@ MMA = {
     "attention_dkdv_kernel: attention D=256": OLD,
     "attention_map_kernel": NEW,
     "append_kv_kernel": NONE,
+    "cross_entropy_kernel": NONE,
+    "cross_entropy_backward_kernel": NONE,
     "layer_norm_kernel": NONE,
     "layer_norm_backward_kernel": NONE,
     "sum_partials_kernel": NONE,
     "linear_kernel": NEW,
+    "sample_kernel": NONE,
     "paged_attention_kernel": OLD,  # 16 or 32 rows: fewer than the 64 of Hopper's and Blackwell's instructions
     "paged_attention_kernel: paged prefill D=64": NEW,
 }

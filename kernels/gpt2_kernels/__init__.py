@@ -11,6 +11,7 @@ from gpt2_kernels import (
 )
 from gpt2_kernels._runtime import OPS, path_of
 from gpt2_kernels.attentionmap import attention_map
+from gpt2_kernels.crossentropy import cross_entropy, linear_cross_entropy
 from gpt2_kernels.fused_attention import attention, attention_varlen
 from gpt2_kernels.gemm import gelu_mlp, linear
 from gpt2_kernels.kv_cache import append_kv_
@@ -28,9 +29,11 @@ __all__ = [
     "attention",
     "attention_map",
     "attention_varlen",
+    "cross_entropy",
     "gelu_mlp",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "modules",
     "paged_attention",
     "path_of",

@@ -258,6 +258,19 @@ def gelu_mlp(
     return linear(hidden, w2, b2, residual=residual)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Mean over the rows that count of logsumexp(logits) - logits[target], in nats."""
+    kept = targets != ignore_index
+    chosen = wide(logits).gather(-1, torch.where(kept, targets, 0).unsqueeze(-1)).squeeze(-1)
+    losses = torch.logsumexp(wide(logits), dim=-1) - chosen
+    return torch.where(kept, losses, 0.0).sum() / kept.sum()
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """cross_entropy(x weight^T, targets), the logits rounded to the dtype of x."""
+    return cross_entropy(linear(x, weight), targets, ignore_index=ignore_index)
+
+
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
     """The four 32-bit words, as int64, of Philox-4x32-10 (Salmon et al., 2011) at counter (c0, c1, c2, 0).
 
@@ -303,20 +316,24 @@ def sample(
     repetition_penalty: Tensor | None = None,
     top_logprobs: int = 0,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """One token for each row of logits: penalty, temperature, top-k, top-p, min-p, then one draw from what is left."""
+    """One token for each row of logits: penalty, top-k, temperature, top-p, min-p, then one draw from what is left.
+
+    A row without a finite logit, or with a NaN or +inf, is greedy whatever its temperature.
+    """
     scores = wide(logits)
     log_total = torch.logsumexp(scores, dim=-1)
     top = None
     if top_logprobs:
-        values, ids = scores.topk(top_logprobs, dim=-1)
-        top = ids, values - log_total[:, None]
+        ids = torch.stack([_largest(row, top_logprobs) for row in scores])
+        top = ids, scores.gather(1, ids) - log_total[:, None]
 
     adjusted = scores
     if history is not None and repetition_penalty is not None:  # Keskar et al., 2019 (CTRL)
         penalty = repetition_penalty[:, None]
         adjusted = torch.where(history, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
     tokens = adjusted.argmax(dim=-1)
-    drawn = (temperature > 0).nonzero().squeeze(1)  # the other rows are greedy
+    usual = log_total.isfinite() & adjusted.amax(dim=-1).isfinite()
+    drawn = ((temperature > 0) & usual).nonzero().squeeze(1)  # the other rows are greedy
     if drawn.numel():
         tokens[drawn] = _draw(
             adjusted[drawn], *(t[drawn] for t in (temperature, top_k, top_p, min_p, seeds, positions))
@@ -325,25 +342,33 @@ def sample(
     return tokens, logprobs, top
 
 
+def _largest(row: Tensor, n: int) -> Tensor:
+    """The ids of a row's n largest values in falling order, ties by id. topk alone leaves the order of ties open."""
+    row = row.nan_to_num(torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    candidates = (row >= row.topk(n).values[-1]).nonzero().squeeze(1)
+    return candidates[row[candidates].sort(descending=True, stable=True).indices[:n]]
+
+
 def _draw(
     scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:
     V = scores.shape[1]
-    # The maximum goes first: dividing by a tiny temperature would make it infinite.
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None]
     limited = (top_k > 0) & (top_k < V)
     if limited.any():
         k = torch.where(limited, top_k, 1)
         smallest = scores.topk(int(k.max()), dim=-1).values.gather(1, k[:, None] - 1)
         scores = scores.masked_fill(limited[:, None] & (scores < smallest), -torch.inf)  # ties at the threshold stay
-    weights = torch.exp(scores)  # the likeliest token weighs 1
-    kept = weights >= min_p[:, None]
-    if (top_p < 1).any():  # Holtzman et al., 2019: the fewest tokens whose probabilities reach top_p
-        ordered = weights.sort(dim=-1, descending=True).values
-        before = ordered.cumsum(-1) - ordered
-        needed = before < top_p[:, None] * ordered.sum(-1, keepdim=True)
+    # The maximum goes first: dividing by a tiny temperature would make it infinite.
+    weights = torch.exp((scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None])  # the likeliest weighs 1
+    kept = (weights > 0) & (weights >= min_p[:, None].clamp(max=1.0))
+    if (top_p < 1).any():  # Holtzman et al., 2019: the fewest tokens whose probabilities reach top_p, and ties
+        ordered, order = scores.sort(dim=-1, descending=True)
+        mass = weights.gather(1, order).double()
+        before = mass.cumsum(-1) - mass
+        needed = before < top_p[:, None] * mass.sum(-1, keepdim=True)
+        needed[:, 0] = True
         smallest = ordered.masked_fill(~needed, torch.inf).amin(-1, keepdim=True)
-        kept &= (weights >= smallest) | (top_p >= 1)[:, None]
+        kept &= (scores >= smallest) | (top_p >= 1)[:, None]
     cumulative = (weights * kept).double().cumsum(-1)
     point = uniform(seeds, positions).double() * cumulative[:, -1]
     chosen = torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1)
