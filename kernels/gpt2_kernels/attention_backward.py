@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gpt2_kernels import _check, reference
 from gpt2_kernels._dropout import dropout_keep
-from gpt2_kernels._runtime import accumulator, register, tl, triton
+from gpt2_kernels._runtime import accumulator, launch, register, tl, triton
 
 LOG2_E = 1.4426950408889634
 
@@ -505,7 +505,9 @@ def _backward_triton(
     threshold, keep_scale = int(dropout_p * 2**24), 1.0 / (1.0 - dropout_p)
     if dq.numel() and B and max_seqlen_q:
         block_m, block_n, warps, stages = _check.tile_for(DQ_TILES, q, width)
-        attention_dq_kernel[(triton.cdiv(max_seqlen_q, block_m) * B * H,)](
+        launch(
+            attention_dq_kernel,
+            (triton.cdiv(max_seqlen_q, block_m) * B * H,),
             q,
             k,
             v,
@@ -541,7 +543,9 @@ def _backward_triton(
         )
     if dk.numel() and B and max_seqlen_k:
         block_m, block_n, warps, stages = _check.tile_for(DKDV_TILES, q, width)
-        attention_dkdv_kernel[(triton.cdiv(max_seqlen_k, block_n) * B * Hkv,)](
+        launch(
+            attention_dkdv_kernel,
+            (triton.cdiv(max_seqlen_k, block_n) * B * Hkv,),
             q,
             k,
             v,

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
 from gpt2_kernels._dropout import dropout_keep
-from gpt2_kernels._runtime import accumulator, autocast, distinct, register, tl, triton
+from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, tl, triton
 
 LOG2_E = 1.4426950408889634
 
@@ -258,7 +258,9 @@ def _attention_triton(
     if out.numel() and B and max_seqlen_q:
         width = D if seed is None else min(2 * D, 256)  # random numbers take the registers of a head twice as wide
         block_m, block_n, warps, stages = _check.tile_for(TILES, q, width)
-        attention_kernel[(triton.cdiv(max_seqlen_q, block_m) * B * H,)](
+        launch(
+            attention_kernel,
+            (triton.cdiv(max_seqlen_q, block_m) * B * H,),
             q,
             k,
             v,
