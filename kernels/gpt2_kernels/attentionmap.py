@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import autocast, register, tl, triton
+from gpt2_kernels._runtime import autocast, launch, register, tl, triton
 
 # With top_m, at most this many probabilities exist at once (more only where a single row is longer): 16 MiB, and 32 MiB
 # for the same beside their keys.
@@ -127,7 +127,9 @@ def _launch(
     p = torch.empty((B, heads.shape[0], R, Tk), dtype=torch.float32, device=q.device)
     if p.numel():
         block_m, block_n, warps = _check.tile_for(TILES, q)
-        attention_map_kernel[(triton.cdiv(Tk, block_n) * triton.cdiv(R, block_m) * heads.shape[0] * B,)](
+        launch(
+            attention_map_kernel,
+            (triton.cdiv(Tk, block_n) * triton.cdiv(R, block_m) * heads.shape[0] * B,),
             q,
             k,
             lse,
