@@ -130,6 +130,27 @@ def linear(sample: SampleInput) -> Work | Skip:
     return Work(ops.linear, F.linear, [sample.input, *sample.args])
 
 
+def cross_entropy(sample: SampleInput) -> Work | Skip:
+    """PyTorch keeps the classes in the second axis, ours are in the last; our loss is float32 in every dtype."""
+    x, options, [targets] = sample.input, dict(sample.kwargs), sample.args
+
+    def refused() -> Tensor:
+        return ops.cross_entropy(x, targets, **sample.kwargs)
+
+    if targets.is_floating_point():
+        return Skip("probabilities as targets", refused)
+    if options.get("weight") is not None:
+        return Skip("weights of classes", refused)
+    if options.pop("reduction", "mean") != "mean":
+        return Skip("reduction other than the mean", refused)
+    return Work(
+        lambda x: ops.cross_entropy(x.movedim(1, -1), targets, **options),
+        lambda x: F.cross_entropy(ops.reference.wide(x), targets, **options),
+        [x],
+        lambda x, grad: [largest(x), largest(grad)],  # logsumexp - the target's logit
+    )
+
+
 # operator of PyTorch -> how a sample of it is put to ours, samples run at least, samples left out at most and why. The
 # counts are of torch 2.13; another version may have more.
 OPERATORS: dict[str, tuple[Callable[[SampleInput], Work | Skip], int, dict[str, int]]] = {
@@ -137,6 +158,11 @@ OPERATORS: dict[str, tuple[Callable[[SampleInput], Work | Skip], int, dict[str, 
     "nn.functional.scaled_dot_product_attention": (attention, 24, {"arbitrary mask": 1}),
     "nn.functional.gelu": (gelu, 8, {}),
     "nn.functional.linear": (linear, 18, {}),
+    "nn.functional.cross_entropy": (
+        cross_entropy,
+        6,
+        {"probabilities as targets": 10, "weights of classes": 3, "reduction other than the mean": 2},
+    ),
 }
 
 
