@@ -82,7 +82,12 @@ def cases() -> dict[str, Callable[[], object]]:
         found[name] = lambda dtype=dtype, history=history: _sample(50257, dtype, history)
     found["sample V=64 fp32"] = lambda: _sample(64, torch.float32, False)
     found["sample V=262144 fp16"] = lambda: _sample(262144, torch.float16, False)
-    found["linear 100x70 gelu bf16"] = lambda: _linear(100, 70, torch.bfloat16, "gelu")
+    for dtype, activation in itertools.product((torch.bfloat16, torch.float32), ("", "gelu_tanh", "gelu")):
+        name = f"linear_backward {activation or 'plain'} {SHORT[dtype]}"
+        found[name] = lambda dtype=dtype, activation=activation: _linear_backward(768, 3072, dtype, activation)
+    found["linear 768x768 residual bf16"] = lambda: _linear(768, 768, torch.bfloat16, None, residual=True)
+    found["linear gelu_tanh kept bf16"] = lambda: _linear_kept(768, 3072, torch.bfloat16, "gelu_tanh")
+    found["linear 100x70 gelu_tanh bf16"] = lambda: _linear(100, 70, torch.bfloat16, "gelu_tanh")
     return found
 
 
@@ -144,9 +149,23 @@ def _norm_backward(C: int, dtype: torch.dtype, add: bool, M: int = 64) -> object
     return backward(x, x if add else None, x, weight, statistics, True, True, True)
 
 
-def _linear(K: int, N: int, dtype: torch.dtype, activation: str | None, M: int = 64) -> Tensor:
+def _linear(K: int, N: int, dtype: torch.dtype, activation: str | None, M: int = 64, residual: bool = False) -> Tensor:
     weight, bias = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype)
-    return ops.linear(torch.empty(M, K, dtype=dtype), weight, bias, activation=activation)
+    other = torch.empty(M, N, dtype=dtype) if residual else None
+    return ops.linear(torch.empty(M, K, dtype=dtype), weight, bias, activation=activation, residual=other)
+
+
+def _linear_kept(K: int, N: int, dtype: torch.dtype, activation: str) -> object:
+    """Forward in training: the input of the activation is written too."""
+    weight, bias = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype)
+    return torch.ops.gpt2_kernels.linear(torch.empty(64, K, dtype=dtype), weight, bias, None, activation, True, True)
+
+
+def _linear_backward(K: int, N: int, dtype: torch.dtype, activation: str, M: int = 64) -> Tensor:
+    """From the N outputs of a layer to its K inputs, and through the activation that made them."""
+    grad, weight = torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    pre = torch.empty(M, K, dtype=dtype) if activation else None
+    return torch.ops.gpt2_kernels.linear_backward(grad, weight, pre, activation, True)
 
 
 def _sample(V: int, dtype: torch.dtype, history: bool, S: int = 16, top_logprobs: int = 5) -> object:
@@ -193,6 +212,7 @@ def lengths() -> dict[str, Callable[[int], object]]:
         "sample S": lambda n: _sample(50257, bf16, True, S=n),
         "sample V": lambda n: _sample(4097 + n, bf16, False),
         "sample top_logprobs": lambda n: _sample(50257, bf16, False, top_logprobs=min(n, 32)),
+        "linear_backward M": lambda n: _linear_backward(768, 3072, bf16, "gelu_tanh", M=n),
         "linear M": lambda n: _linear(768, 3072, bf16, "gelu_tanh", M=n),
     }
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import GRADIENT_LAYOUTS, LAYOUTS, in_layout
 from tolerance import DTYPES, assert_accurate, wide
 from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from gpt2_kernels import _native
+from gpt2_kernels import _native, _runtime, gemm
 
 SHAPES = [
     (1, 96, 80),  # one row: decode
@@ -70,19 +73,70 @@ def test_gelu_at_the_ends(path: torch.device) -> None:
         assert torch.equal(y, x.clamp_min(0)), activation
 
 
-@pytest.mark.parametrize("layout", ["columns", "transposed", "expanded", "batched"])
-def test_layouts(path: torch.device, layout: str) -> None:
-    base = torch.randn(12, 3, 80, device=path)
-    weight = torch.randn(40, 80, device=path)
-    x, w = {
-        "columns": (base[:, 0, 8:56], weight[:, 16:64]),
-        "transposed": (base[:, 1].t().contiguous().t(), weight.t().contiguous().t()),
-        "expanded": (base[:1, :1].expand(4, 3, 80), weight),
-        "batched": (base.transpose(0, 1), weight),
-    }[layout]
-    residual = torch.randn(40, *x.shape[:-1], device=path).movedim(0, -1)  # last axis not dense
-    truth = F.linear(x.double(), w.double()) + residual.double()
-    assert_accurate(ops.linear(x, w, residual=residual), F.linear(x, w) + residual, truth)
+@pytest.mark.parametrize(
+    ("which", "layout"),
+    [(w, x) for w in ("x", "weight", "residual") for x in LAYOUTS] + [("gradient", x) for x in GRADIENT_LAYOUTS],
+)
+def test_layouts(path: torch.device, which: str, layout: str) -> None:
+    """Forward and backward on every memory layout of every input, and of the incoming gradient."""
+    x, weight, bias, residual = inputs(path, torch.float32, 12, 48, 40)
+    tensors = {"x": x, "weight": weight, "residual": residual, "gradient": torch.randn(12, 40, device=path)}
+    tensors[which] = in_layout(tensors[which], layout)
+    grad = tensors.pop("gradient")
+    leaves = [*(t.detach().requires_grad_() for t in tensors.values()), bias.requires_grad_()]
+
+    def ours_way(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
+        return ops.linear(x, weight, bias, activation="gelu_tanh", residual=residual)
+
+    def torch_way(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
+        return torch_linear(x, weight, bias, "gelu_tanh", residual)
+
+    compare_gradients(ours_way, torch_way, leaves, grad)
+
+
+def compare_gradients(ours_way: Any, torch_way: Any, leaves: list[Tensor], grad: Tensor) -> None:
+    """The result and its gradients, against the same in float64."""
+    exact = wide(*leaves)
+    ours, theirs, truth = ours_way(*leaves), torch_way(*leaves), torch_way(*exact)
+    assert_accurate(ours, theirs, truth)
+    grads = [
+        torch.autograd.grad(result, inputs_, grad.to(result.dtype))
+        for result, inputs_ in ((ours, leaves), (theirs, leaves), (truth, exact))
+    ]
+    for i, (a, b, c) in enumerate(zip(*grads)):
+        assert_accurate(a, b, c, factor=3, what=f"gradient of input {i}")
+
+
+def test_batch_axes(path: torch.device) -> None:
+    x, weight, bias, _ = inputs(path, torch.float32, 12, 48, 40)
+    x, bias = x.view(3, 4, 48).transpose(0, 1).requires_grad_(), bias.repeat_interleave(2)[::2]
+    grad = torch.randn(4, 3, 40, device=path)
+
+    def torch_way(x: Tensor) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    compare_gradients(lambda x: ops.linear(x, weight, bias), torch_way, [x], grad)
+
+
+@pytest.mark.parametrize("stride", [2**29, 2**26 + 16], ids=["within a tile", "from tile to tile"])
+def test_offsets_beyond_two_to_the_31(path: torch.device, stride: int) -> None:
+    """x, weight and residual with rows so far apart that an offset in int32 would wrap, forward and backward."""
+    if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    rows = 2**31 // stride + 3
+    storage = torch.empty(rows * stride, dtype=torch.float16, device=path)
+    near, other, square = (torch.randn(n, 16, device=path).half() for n in (rows, rows, 16))
+    far = storage.as_strided((rows, 16), (stride, 1))
+    far.copy_(near)
+    op = torch.ops.gpt2_kernels
+    for call in (
+        lambda t: ops.linear(t, other),
+        lambda t: ops.linear(other, t),
+        lambda t: ops.linear(other, square, residual=t),
+        lambda t: op.linear_backward(t, square, None, "", True),
+        lambda t: op.linear_backward(other @ near.T, t, None, "", True),
+    ):
+        assert torch.equal(call(far), call(near))
 
 
 def test_empty(path: torch.device) -> None:
@@ -118,46 +172,142 @@ def test_batch_invariant(path: torch.device, dtype: torch.dtype, threads: int, r
         assert torch.equal(torch.cat(apart), together), f"in batches of {size}"
 
 
+def test_gradients_are_batch_invariant_too(path: torch.device) -> None:
+    """A row of dx, through one layer and through the MLP."""
+    x, w1, b1, _ = inputs(path, torch.bfloat16, 35, 64, 130)
+    _, w2, b2, _ = inputs(path, torch.bfloat16, 35, 130, 64)
+    if not ops.path_of("linear", path.type).startswith("Triton") and not _native.load():
+        pytest.skip("PyTorch's GELU on a CPU")
+    grad = torch.randn(35, 64, device=path).bfloat16()
+    pre, grad1 = torch.randn(35, 130, device=path).bfloat16(), torch.randn(35, 130, device=path).bfloat16()
+    backward = torch.ops.gpt2_kernels.linear_backward
+
+    def dx(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(ops.linear(x, w1, b1), x, grad1[: x.shape[0]])
+        return found
+
+    assert torch.equal(dx(x)[:1], dx(x[:1]))
+    together = backward(grad, w2, None, "", True)
+    assert torch.equal(torch.cat([backward(g, w2, None, "", True) for g in grad.split(1)]), together)
+    if path.type == "cuda" or ops.path_of("linear", path.type).startswith("Triton"):
+        together = backward(grad, w2, pre, "gelu_tanh", True)
+        apart = [backward(g, w2, p, "gelu_tanh", True) for g, p in zip(grad.split(11), pre.split(11))]
+        assert torch.equal(torch.cat(apart), together)
+
+
+def test_a_gradient_does_not_change_the_result(path: torch.device) -> None:
+    """Training writes the input of the GELU too; what generation computes has the same bits."""
+    x, w1, b1, _ = inputs(path, torch.bfloat16, 10, 48, 96)
+    _, w2, b2, residual = inputs(path, torch.bfloat16, 10, 96, 48)
+    plain = ops.linear(x, w1, b1, activation="gelu_tanh"), ops.gelu_mlp(x, w1, b1, w2, b2, residual=residual)
+    x.requires_grad_()
+    assert torch.equal(ops.linear(x, w1, b1, activation="gelu_tanh"), plain[0])
+    assert torch.equal(ops.gelu_mlp(x, w1, b1, w2, b2, residual=residual), plain[1])
+
+
+def test_programs_walk_over_tiles(path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper a few programs serve all tiles; the bits are those of a program for each."""
+    x, weight, bias, residual = inputs(path, torch.float32, 200, 40, 150)
+    arguments = {"activation": "gelu", "residual": residual}
+    expected = ops.linear(x, weight, bias, **arguments)
+    monkeypatch.setattr(_runtime, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(gemm, "PERSISTENT_FROM", 0)
+    assert torch.equal(ops.linear(x, weight, bias, **arguments), expected)
+    grad = torch.ops.gpt2_kernels.linear_backward(residual, weight, None, "", True)
+    monkeypatch.setattr(gemm, "PERSISTENT_FROM", 1000)
+    assert torch.equal(torch.ops.gpt2_kernels.linear_backward(residual, weight, None, "", True), grad)
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_gelu_mlp(path: torch.device, approximate: str, dtype: torch.dtype) -> None:
+def test_gelu_mlp(path: torch.device, approximate: str, dtype: torch.dtype, batch_invariant: bool) -> None:
     x, w1, b1, _ = inputs(path, dtype, 6, 48, 96)
     _, w2, b2, residual = inputs(path, dtype, 6, 96, 48)
+    leaves = [t.requires_grad_() for t in (2 * x, w1, b1, w2, b2, residual)]
 
     def torch_way(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, residual: Tensor) -> Tensor:
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2) + residual
 
-    arguments = (x, w1, b1, w2, b2)
-    truth = torch_way(*wide(*arguments, residual))  # type: ignore[arg-type]
-    ours = ops.gelu_mlp(*arguments, approximate=approximate, residual=residual)
-    assert_accurate(ours, torch_way(*arguments, residual), truth)
+    def ours_way(*tensors: Tensor) -> Tensor:
+        *inputs_, residual = tensors
+        return ops.gelu_mlp(*inputs_, approximate=approximate, residual=residual, batch_invariant=batch_invariant)
+
+    compare_gradients(ours_way, torch_way, leaves, torch.randn(6, 48, device=path))
 
 
+@pytest.mark.parametrize("batch_invariant", [True, False])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients(path: torch.device, dtype: torch.dtype, activation: str | None) -> None:
-    leaves = [t.requires_grad_() for t in inputs(path, dtype, 10, 24, 40)]
-    grad = torch.randn(10, device=path).to(dtype)[:, None].expand(10, 40)  # stride 0, as sums give
+def test_gradients(path: torch.device, dtype: torch.dtype, activation: str | None, batch_invariant: bool) -> None:
+    x, *others = inputs(path, dtype, 10, 24, 40)
+    leaves = [t.requires_grad_() for t in (3 * x, *others)]  # both tails of the GELU
 
     def ours_way(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return ops.linear(x, weight, bias, activation=activation, residual=residual)
+        options = {"activation": activation, "residual": residual, "batch_invariant": batch_invariant}
+        return ops.linear(x, weight, bias, **options)
 
     def torch_way(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         return torch_linear(x, weight, bias, activation, residual)
 
-    ours = torch.autograd.grad(ours_way(*leaves), leaves, grad)
-    theirs = torch.autograd.grad(torch_way(*leaves), leaves, grad)
-    exact = wide(*leaves)
-    truth = torch.autograd.grad(torch_way(*exact), exact, grad.double())  # type: ignore[arg-type]
-    for name, a, b, c in zip(("x", "weight", "bias", "residual"), ours, theirs, truth):
-        assert_accurate(a, b, c, factor=3, what=f"gradient of {name}")
+    compare_gradients(ours_way, torch_way, leaves, torch.randn(10, 40, device=path))
+
+
+def test_plain_product_without_batch_invariance(path: torch.device) -> None:
+    x, weight, bias, _ = inputs(path, torch.float32, 10, 24, 40)
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    assert_accurate(ops.linear(x, weight, bias, batch_invariant=False), F.linear(x, weight, bias), truth)
+
+
+@pytest.mark.parametrize("wanted", ["x", "w1", "b1", "w2", "b2", "residual"])
+def test_only_wanted_gradients_are_made(path: torch.device, wanted: str) -> None:
+    x, w1, b1, _ = inputs(path, torch.float32, 4, 16, 24)
+    _, w2, b2, residual = inputs(path, torch.float32, 4, 24, 16)
+    tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
+    tensors[wanted].requires_grad_()
+    ops.gelu_mlp(**tensors).square().sum().backward()
+    alone = tensors[wanted].grad
+    assert all((t.grad is not None) == (name == wanted) for name, t in tensors.items())
+    for t in tensors.values():
+        t.requires_grad_()
+    (among,) = torch.autograd.grad(ops.gelu_mlp(**tensors).square().sum(), tensors[wanted])
+    torch.testing.assert_close(alone, among)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gradients_are_those_of_finite_differences(path: torch.device, activation: str) -> None:
+    if path.type == "cuda" or not ops.path_of("linear", "cpu").startswith("Triton"):
+        pytest.skip("float64 exists in the interpreter alone")
+    x, w1, b1, _ = (t.requires_grad_() for t in inputs(path, torch.float64, 3, 5, 18))
+    _, w2, b2, residual = (t.requires_grad_() for t in inputs(path, torch.float64, 3, 18, 4))
+
+    def mlp(*tensors: Tensor) -> Tensor:
+        return gemm._GeluMLP.apply(*tensors, activation, True)
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return gemm._Linear.apply(*tensors, None, activation, True)
+
+    assert torch.autograd.gradcheck(mlp, (x, w1, b1, w2, b2, residual), fast_mode=True)
+    assert torch.autograd.gradcheck(layer, (x, w1, b1), fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_derivative_at_the_ends(path: torch.device, activation: str) -> None:
+    pre = torch.tensor([[-1e4, -50.0, 0.0, 50.0, 1e4]], device=path)
+    grad, weight = torch.ones(1, 1, device=path), torch.ones(1, 5, device=path)
+    slope = torch.ops.gpt2_kernels.linear_backward(grad, weight, pre, activation, True)
+    torch.testing.assert_close(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]], device=path))
 
 
 def test_opcheck(path: torch.device) -> None:
     x, weight, bias, residual = inputs(path, torch.float32, 4, 32, 24)
     op = torch.ops.gpt2_kernels.linear.default
-    opcheck(op, (x, weight, bias, residual, "gelu_tanh", True))
-    opcheck(op, (x.view(2, 2, 32), weight, None, None, "", False))
+    opcheck(op, (x, weight, bias, residual, "gelu_tanh", True, True))
+    opcheck(op, (x.view(2, 2, 32), weight, None, None, "", False, False))
+    backward = torch.ops.gpt2_kernels.linear_backward.default
+    opcheck(backward, (residual, weight, x.clone(), "gelu", True))
+    opcheck(backward, (residual, weight, None, "", False))
 
 
 def test_compile(path: torch.device) -> None:

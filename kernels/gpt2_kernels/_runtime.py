@@ -85,6 +85,16 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the GPU that runs tensors of `device`; without one, an H200's."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
     """Take one path on CPU tensors whatever the machine offers: "triton", "native" or "torch". For tests and tools."""

@@ -1,15 +1,18 @@
-"""Matrix multiplication with a fused epilogue, and the MLP of two of them.
+"""Matrix multiplication with a fused epilogue, and the MLP of two of them; forward and backward.
 
-    linear    y = activation(x weight^T + bias) + residual
-    gelu_mlp  y = gelu(x w1^T + b1) w2^T + b2 + residual
+    linear            y = activation(x weight^T + bias) + residual
+    gelu_mlp          y = gelu(x w1^T + b1) w2^T + b2 + residual
+    linear_backward   dx = (dy weight) * activation'(pre): through a layer, and through the activation before it
 
 Layout: x (M, K), weight (N, K) as torch keeps it; float32 accumulation, one rounding at the store.
-FLOPs: 2 M N K. Bytes of element size s: (M K + N K + M N) s, where bias, GELU and residual apart would read and write
-M N once more each.
+FLOPs: 2 M N K each, and as much again for dweight = dy^T x. Bytes of element size s: (M K + N K + M N) s, where bias,
+GELU, GELU' and residual apart would read and write M N once more each. Training also writes the input of the
+activation, M N s more: computing it again would cost 2 M N K FLOP, which at K = 768 take four times as long.
 
-One kernel, one tile, one order of additions whatever M is: a row of y has the same bits computed alone or among any
-others. That is what lets a batch engine promise the same text in every batch (He et al., 2025, "Defeating
-Nondeterminism in LLM Inference").
+One kernel, one tile, one order of additions whatever M is: a row of y and of dx has the same bits computed alone or
+among any others. That is what lets a batch engine promise the same text in every batch (He et al., 2025, "Defeating
+Nondeterminism in LLM Inference"). dweight adds over rows, so nothing of the kind is promised for it, and PyTorch's
+product serves: its 36 tiles at 768 x 768 would leave most of a GPU idle without a split that depends on M.
 Specification: gpt2_kernels.reference.linear, gelu_mlp.
 """
 
@@ -23,19 +26,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, _native, _runtime, reference
-from gpt2_kernels._runtime import OPS, autocast, register, tl, triton
+from gpt2_kernels._runtime import OPS, accumulator, autocast, distinct, launch, register, tl, triton
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
-# element size -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Compiled for sm_80, sm_90 and sm_100
-# without spills (tests/test_offline.py); not yet timed on a GPU.
-TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 3)}
+# (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Compiled for
+# sm_80, sm_90 and sm_100 without spills (tests/test_offline.py); not yet timed on a GPU.
+TILES = {
+    (100, 2): (128, 64, 64, 8, 3),
+    (0, 2): (128, 128, 64, 8, 3),
+    (0, 4): (64, 64, 32, 8, 3),
+    (0, 8): (16, 16, 16, 4, 1),  # the interpreter's gradcheck
+}
 GROUP_M = 8  # row tiles that run together, so that a column of weight tiles is read from L2
+
+# From Hopper on, two programs per multiprocessor walk over all tiles, one's epilogue under the other's products; before
+# it, a program for each tile. The order of additions within a tile is the same. Not yet timed on a GPU.
+PERSISTENT_FROM, PROGRAMS_PER_SM = 90, 2
+
+# What serves where rows need not be batch-invariant: whether anything is fused -> "ours" or "torch" (cuBLAS). Not yet
+# timed on a GPU. The reasoning: without an epilogue cuBLAS has nothing to lose; at M = 65,536 and 768 -> 3072 a GELU
+# apart reads and writes 0.8 GB, 0.19 ms at 4.3 TB/s, beside a product of 0.4 ms at 780 TFLOP/s.
+FASTER = {"plain": "torch", "fused": "ours"}
 
 
 @triton.jit
 def _gelu(x, ACTIVATION: tl.constexpr):
-    """x in float32; 1 is the erf form, 2 the tanh form as x * sigmoid(2u), since 0.5 (1 + tanh u) = sigmoid(2u)."""
+    """1 is the erf form, 2 the tanh form as x * sigmoid(2u), since 0.5 (1 + tanh u) = sigmoid(2u)."""
     if ACTIVATION == 1:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
@@ -43,11 +60,23 @@ def _gelu(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _gelu_derivative(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:
+        density = 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)  # -log2(e) / 2
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
+    s = 1.0 / (1.0 + tl.exp2(u * -2.8853900817779268))
+    # x (1 - s) before s: far out on the left s is 0, and x 2u' alone may be infinite
+    return s + 1.5957691216057308 * (1.0 + 0.134145 * x * x) * (x * (1.0 - s) * s)
+
+
+@triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     x_ptr,  # (M, K)
-    weight_ptr,  # (N, K)
+    weight_ptr,  # (N, K), or (K, N) where WEIGHT_KN
     bias_ptr,  # (N,) or None
     residual_ptr,  # (M, N) or None
+    pre_ptr,  # (M, N), contiguous, or None: input of the activation, written forward, read for its derivative
     y_ptr,  # (M, N), contiguous
     M,
     N,
@@ -56,90 +85,159 @@ def linear_kernel(
     stride_weight,
     stride_residual,
     ACTIVATION: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    WEIGHT_KN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_PRE: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program owns one tile of y and adds along K from 0 up, BLOCK_K at a time."""
-    pid = tl.program_id(0)
+    """A program owns every num_programs-th tile of y, and in each adds along K from 0 up, BLOCK_K at a time."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    first = pid // (GROUP * tiles_n) * GROUP
-    rows_here = tl.minimum(tiles_m - first, GROUP)
-    tile_m = first + pid % (GROUP * tiles_n) % rows_here
-    tile_n = pid % (GROUP * tiles_n) // rows_here
-
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # Rows past the end read row 0 and are never stored: loads of the main loop need no mask.
-    x_rows = tl.where(m < M, m, 0).to(tl.int64)
-    weight_rows = tl.where(n < N, n, 0).to(tl.int64)
-    x_tile = x_ptr + x_rows[:, None] * stride_x + k[None, :]  # (BLOCK_M, BLOCK_K)
-    weight_tile = weight_ptr + weight_rows[:, None] * stride_weight + k[None, :]  # (BLOCK_N, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in tl.range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_tile + start)
-            weight = tl.load(weight_tile + start)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        first = tile // (GROUP * tiles_n) * GROUP
+        rows_here = tl.minimum(tiles_m - first, GROUP)
+        m = (first + tile % (GROUP * tiles_n) % rows_here) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tile % (GROUP * tiles_n) // rows_here * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        # Rows past the end read row 0 and are never stored: they need no mask in the main loop.
+        x_rows = tl.where(m < M, m, 0).to(tl.int64)
+        x_tile = x_ptr + x_rows[:, None] * stride_x + k[None, :]  # (BLOCK_M, BLOCK_K)
+        if WEIGHT_KN:
+            weight_tile = weight_ptr + k.to(tl.int64)[:, None] * stride_weight + n[None, :]  # (BLOCK_K, BLOCK_N)
         else:
-            x = tl.load(x_tile + start, mask=(start + k)[None, :] < K, other=0.0)
-            weight = tl.load(weight_tile + start, mask=(start + k)[None, :] < K, other=0.0)
-        acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != 0:
-        acc = _gelu(acc, ACTIVATION)
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    rows = m.to(tl.int64)[:, None]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + rows * stride_residual + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + rows * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)
+            weight_rows = tl.where(n < N, n, 0).to(tl.int64)
+            weight_tile = weight_ptr + weight_rows[:, None] * stride_weight + k[None, :]  # (BLOCK_N, BLOCK_K)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        for start in tl.range(0, K, BLOCK_K):
+            if EVEN_K:
+                x = tl.load(x_tile + start)
+            else:
+                x = tl.load(x_tile + start, mask=(start + k)[None, :] < K, other=0.0)
+            if WEIGHT_KN:
+                there = (n < N)[None, :]
+                if not EVEN_K:
+                    there = there & ((start + k)[:, None] < K)
+                weight = tl.load(weight_tile + tl.cast(start, tl.int64) * stride_weight, mask=there, other=0.0)
+                acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                if EVEN_K:
+                    weight = tl.load(weight_tile + start)
+                else:
+                    weight = tl.load(weight_tile + start, mask=(start + k)[None, :] < K, other=0.0)
+                acc = tl.dot(x, weight.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        rows = m.to(tl.int64)[:, None]
+        at = rows * N + n[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(ACC)[None, :]
+        if DERIVATIVE:
+            acc *= _gelu_derivative(tl.load(pre_ptr + at, mask=inside, other=0.0).to(ACC), ACTIVATION)
+        elif ACTIVATION != 0:
+            if HAS_PRE:
+                tl.store(pre_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=inside)
+            acc = _gelu(acc, ACTIVATION)
+        if HAS_RESIDUAL:
+            acc += tl.load(residual_ptr + rows * stride_residual + n[None, :], mask=inside, other=0.0).to(ACC)
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    pre: Tensor | None,
+    activation: str,
+    *,
+    backward: bool,
+) -> Tensor:
+    """One launch: x (M, K) against weight (N, K), or (K, N) in the backward pass; a dense last axis in each."""
+    M, K = x.shape
+    N = weight.shape[1 if backward else 0]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if not (M and N):
+        return y
+    arch, size = _runtime.architecture(x.device), x.element_size()
+    block_m, block_n, block_k, warps, stages = next(t for (a, b), t in TILES.items() if arch >= a and size == b)
+    programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    if arch >= PERSISTENT_FROM:
+        programs = min(programs, PROGRAMS_PER_SM * _runtime.multiprocessors(x.device))
+    even_k = K % block_k == 0
+    # On sm_90 128 registers a thread let two programs share a multiprocessor; the others would spill.
+    two_fit = arch == 90 and size == 2 and even_k and activation != "gelu" and (backward or pre is None)
+    launch(
+        linear_kernel,
+        (programs,),
+        x,
+        weight,
+        None if bias is None else bias.contiguous(),
+        residual,
+        pre,
+        y,
+        M,
+        N,
+        K,
+        x.stride(0),
+        weight.stride(0),
+        0 if residual is None else residual.stride(0),
+        ACTIVATION=ACTIVATIONS[activation or None],
+        DERIVATIVE=backward and pre is not None,
+        WEIGHT_KN=backward,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_PRE=pre is not None,
+        EVEN_K=even_k,
+        # tf32 keeps 11 bits of a float32; torch's own default for matmul is the full 24 as well
+        PRECISION="tf32" if size == 2 else "ieee",
+        ACC=accumulator(x.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP=GROUP_M,
+        num_warps=warps,
+        num_stages=stages,
+        maxnreg=128 if two_fit else None,
+    )
+    return y
 
 
 def _linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, batch_invariant: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    keep: bool,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, N = _check.as_rows(x), weight.shape[0]
+    pre = torch.empty((rows.shape[0], N) if keep else (0, N), dtype=x.dtype, device=x.device)
+    fused = activation or residual is not None
+    if not batch_invariant and FASTER["fused" if fused else "plain"] == "torch":
+        y = F.linear(rows, weight, bias)
+    else:
+        other = None if residual is None else _check.as_rows(residual)
+        kept = pre if keep else None
+        y = _product(rows, _check.unit_last_stride(weight), bias, other, kept, activation, backward=False)
+    return y.view(*x.shape[:-1], N), pre
+
+
+def _linear_backward_triton(
+    grad: Tensor, weight: Tensor, pre: Tensor | None, activation: str, batch_invariant: bool
 ) -> Tensor:
-    del batch_invariant  # this kernel always is
-    N, K = weight.shape
-    rows = _check.as_rows(x)
-    weight = _check.unit_last_stride(weight)
-    other = None if residual is None else _check.as_rows(residual)
-    M = rows.shape[0]
-    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    if M and N:
-        block_m, block_n, block_k, warps, stages = TILES[x.element_size()]
-        linear_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
-            rows,
-            weight,
-            None if bias is None else bias.contiguous(),
-            other,
-            y,
-            M,
-            N,
-            K,
-            rows.stride(0),
-            weight.stride(0),
-            0 if other is None else other.stride(0),
-            ACTIVATION=ACTIVATIONS[activation or None],
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            EVEN_K=K % block_k == 0,
-            # tf32 keeps 11 bits of a float32; torch's own default for matmul is the full 24 as well
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            GROUP=GROUP_M,
-            num_warps=warps,
-            num_stages=stages,
-        )
-    return y
+    if not batch_invariant and FASTER["plain" if pre is None else "fused"] == "torch":
+        return grad @ weight
+    return _product(
+        _check.unit_last_stride(grad), _check.unit_last_stride(weight), None, None, pre, activation, backward=True
+    )
 
 
 # PyTorch's CPU libraries cut the rows among threads and take another routine, with another order of additions, where a
@@ -147,18 +245,28 @@ def _linear_triton(
 ROW_MULTIPLE = 4
 
 
-def _linear_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, batch_invariant: bool
-) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+def _product_cpu(rows: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool) -> Tensor:
     M = rows.shape[0]
     if batch_invariant and M % ROW_MULTIPLE:
         rows = F.pad(rows, (0, 0, 0, -M % ROW_MULTIPLE))
-    y = F.linear(rows, weight, bias)[:M]
+    return F.linear(rows, weight, bias)[:M]
+
+
+def _linear_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    keep: bool,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    y = _product_cpu(x.reshape(-1, x.shape[-1]), weight, bias, batch_invariant)
+    pre = y.clone() if keep else y.new_empty((0, y.shape[1]))
     if activation:
         y = _gelu_cpu(y, activation)
     y = y.view(*x.shape[:-1], weight.shape[0])
-    return y if residual is None else y + residual
+    return y if residual is None else y + residual, pre
 
 
 def _gelu_cpu(y: Tensor, activation: str) -> Tensor:
@@ -169,21 +277,57 @@ def _gelu_cpu(y: Tensor, activation: str) -> Tensor:
     return y
 
 
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, batch_invariant: bool
+def _linear_backward_cpu(
+    grad: Tensor, weight: Tensor, pre: Tensor | None, activation: str, batch_invariant: bool
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    dx = _product_cpu(grad, weight.T, None, batch_invariant)
+    return dx if pre is None else _gelu_backward(dx, pre, activation)
+
+
+def _gelu_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    keep: bool,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    return x.new_empty((*x.shape[:-1], N)), x.new_empty((x.numel() // K if keep else 0, N))
+
+
+def _fake_backward(grad: Tensor, weight: Tensor, pre: Tensor | None, activation: str, batch_invariant: bool) -> Tensor:
+    return grad.new_empty((grad.shape[0], weight.shape[1]))
 
 
 register(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool batch_invariant) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep, bool batch_invariant)"
+    " -> (Tensor, Tensor)",
     triton_impl=_linear_triton,
     cpu_impl=_linear_cpu,
     fake=_fake,
 )
+register(
+    "linear_backward(Tensor grad, Tensor weight, Tensor? pre, str activation, bool batch_invariant) -> Tensor",
+    triton_impl=_linear_backward_triton,
+    cpu_impl=_linear_backward_cpu,
+    fake=_fake_backward,
+)
 
 
 OPS["gelu_mlp"] = "torch"  # two of them
+
+
+def _parameter_gradients(ctx: Any, at: int, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dweight = dy^T x and dbias, where inputs `at` and `at` + 1 of the function want them; added in float32."""
+    dweight = dy.T @ x if ctx.needs_input_grad[at] else None
+    dbias = dy.sum(0, dtype=reference.wide(dy[:0]).dtype).to(dy.dtype) if ctx.needs_input_grad[at + 1] else None
+    return dweight, dbias
 
 
 class _Linear(torch.autograd.Function):
@@ -197,23 +341,60 @@ class _Linear(torch.autograd.Function):
         activation: str,
         batch_invariant: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.activation, ctx.has_residual = activation, residual is not None
-        return torch.ops.gpt2_kernels.linear(x, weight, bias, residual, activation, batch_invariant)
+        y, pre = torch.ops.gpt2_kernels.linear(x, weight, bias, residual, activation, bool(activation), batch_invariant)
+        ctx.save_for_backward(x, weight, pre)
+        ctx.options = activation, batch_invariant
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        rows, dy = _check.as_rows(x), _check.as_rows(grad)
-        if ctx.activation:  # the input of the activation is computed again rather than kept
-            before = F.linear(rows, weight, bias)
-            approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
-            dy = torch.ops.aten.gelu_backward(dy, before, approximate=approximate)
-        dx = (dy @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        dweight = dy.T @ rows if ctx.needs_input_grad[1] else None
-        dbias = reference.wide(dy).sum(0).to(dy.dtype) if bias is not None else None
-        return dx, dweight, dbias, grad if ctx.has_residual else None, None, None
+        x, weight, pre = ctx.saved_tensors
+        activation, batch_invariant = ctx.options
+        dy = _check.as_rows(grad)
+        if activation:
+            dy = _gelu_backward(dy, pre, activation)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.gpt2_kernels.linear_backward(dy, weight, None, "", batch_invariant).view(x.shape)
+        dweight, dbias = _parameter_gradients(ctx, 1, dy, _check.as_rows(x))
+        return dx, dweight, dbias, grad if ctx.needs_input_grad[3] else None, None, None
+
+
+class _GeluMLP(torch.autograd.Function):
+    """Keeps both the input and the output of the GELU, 2 M I s bytes a layer, so that nothing is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        batch_invariant: bool,
+    ) -> Tensor:
+        hidden, pre = torch.ops.gpt2_kernels.linear(x, w1, b1, None, activation, True, batch_invariant)
+        ctx.save_for_backward(x, w1, pre, hidden, w2)
+        ctx.options = activation, batch_invariant
+        return torch.ops.gpt2_kernels.linear(hidden, w2, b2, residual, "", False, batch_invariant)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, pre, hidden, w2 = ctx.saved_tensors
+        activation, batch_invariant = ctx.options
+        dy = _check.as_rows(grad)
+        dx = dw1 = db1 = None
+        if any(ctx.needs_input_grad[:3]):
+            dpre = torch.ops.gpt2_kernels.linear_backward(dy, w2, pre, activation, batch_invariant)
+            dw1, db1 = _parameter_gradients(ctx, 1, dpre, _check.as_rows(x))
+            if ctx.needs_input_grad[0]:
+                dx = torch.ops.gpt2_kernels.linear_backward(dpre, w1, None, "", batch_invariant).view(x.shape)
+        dw2, db2 = _parameter_gradients(ctx, 3, dy, _check.as_rows(hidden))
+        return dx, dw1, db1, dw2, db2, grad if ctx.needs_input_grad[5] else None, None, None
 
 
 def _check_arguments(
@@ -250,16 +431,10 @@ def linear(
     if activation not in ACTIVATIONS:
         _check.fail("linear", "activation must be None, 'gelu' or 'gelu_tanh'", repr(activation))
     _check_arguments("linear", x, weight, bias, residual, ("x", "weight", "bias"))
-    return _apply(x, weight, bias, residual, activation or "", batch_invariant)
-
-
-def _apply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, batch_invariant: bool
-) -> Tensor:
     inputs = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Linear.apply(x, weight, bias, residual, activation, batch_invariant)
-    return torch.ops.gpt2_kernels.linear(x, weight, bias, residual, activation, batch_invariant)
+        return _Linear.apply(*distinct(*inputs, activation or "", batch_invariant))
+    return torch.ops.gpt2_kernels.linear(*inputs, activation or "", False, batch_invariant)[0]
 
 
 @autocast("lower")
@@ -272,11 +447,13 @@ def gelu_mlp(
     *,
     approximate: str = "tanh",
     residual: Tensor | None = None,
+    batch_invariant: bool = True,
 ) -> Tensor:
     """gelu(x w1^T + b1) w2^T + b2 + residual: x (..., K), w1 (I, K), b1 (I,), w2 (N, I), b2 (N,), result (..., N).
 
     The GELU runs in the epilogue of the first product, the residual (..., N) in that of the second; approximate is
-    "tanh" (GPT-2's) or "none" (erf). Batch-invariant as `linear` is. Differentiable in all six tensors.
+    "tanh" (GPT-2's) or "none" (erf). batch_invariant as in `linear`. Differentiable in all six tensors, with GELU' in
+    the epilogue of the backward product.
     Raises ValueError on a shape, dtype, device or option that does not fit.
     """
     if approximate not in ("tanh", "none"):
@@ -287,5 +464,9 @@ def gelu_mlp(
     _check.same_kind("gelu_mlp", "x", x, w2=w2, b2=b2, residual=residual)
     _check.shape("gelu_mlp", "b2", b2, (w2.shape[0],), "(N,)")
     _check.shape("gelu_mlp", "residual", residual, (*x.shape[:-1], w2.shape[0]), "the shape of the result")
-    hidden = _apply(x, w1, b1, None, "gelu_tanh" if approximate == "tanh" else "gelu", True)
-    return _apply(hidden, w2, b2, residual, "", True)
+    activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+    inputs = (x, w1, b1, w2, b2, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _GeluMLP.apply(*distinct(*inputs, activation, batch_invariant))
+    hidden, _ = torch.ops.gpt2_kernels.linear(x, w1, b1, None, activation, False, batch_invariant)
+    return torch.ops.gpt2_kernels.linear(hidden, w2, b2, residual, "", False, batch_invariant)[0]

@@ -144,7 +144,7 @@ def attention_map(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """exp(scale * q k^T - lse) of the chosen heads and rows (B, heads, rows, Tk), or each row's top_m (keys, shares)."""
+    """exp(scale * q k^T - lse) of chosen heads and rows (B, heads, rows, Tk), or each row's top_m (keys, shares)."""
     Tq, H, D = q.shape[1:]
     Tk, Hkv = k.shape[1:3]
     heads = torch.arange(H, device=q.device) if heads is None else torch.as_tensor(heads, device=q.device)
