@@ -12,6 +12,7 @@ from tolerance import DTYPES, assert_accurate
 from torch import Tensor, nn
 
 import gpt2_kernels as ops
+from gpt2_kernels import modules
 from gpt2_kernels.modules import CausalSelfAttention, GeluMLP, LayerNorm
 
 # --- plain modules, with the names of GPT-2's checkpoints -------------------------------------------------------------
@@ -154,6 +155,35 @@ def test_dropout_in_training_alone(path: torch.device) -> None:
     assert torch.equal(still, run()) and torch.equal(still, attention.train()(x))
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **kw: GeluMLP(16, 32, **kw),
+        lambda **kw: GeluMLP(16, 32, bias=False, **kw),
+        lambda **kw: CausalSelfAttention(16, 2, **kw),
+    ],
+    ids=["GeluMLP", "GeluMLP, no bias", "CausalSelfAttention"],
+)
+def test_batch_invariance_reaches_every_product(
+    path: torch.device, build: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for name in ("linear", "gelu_mlp"):
+        function = getattr(modules, name)
+
+        def spy(*args: Tensor, function: Callable = function, **options: object) -> Tensor:
+            asked.append(options["batch_invariant"])
+            return function(*args, **options)
+
+        monkeypatch.setattr(modules, name, spy)
+    x = torch.randn(1, 5, 16, device=path)
+    for invariant in (True, False):
+        module = build(batch_invariant=invariant).to(path)
+        asked.clear()
+        module(x, x)
+        assert asked and set(asked) == {invariant}
+
+
 def test_they_pass_for_torchs_own() -> None:
     """What looks for layer norms by type (weight decay groups, precision wrappers) finds ours."""
     norm = LayerNorm(8, 1e-6)
@@ -187,6 +217,8 @@ def test_device_and_dtype(build: Callable[..., nn.Module]) -> None:
 
 def test_repr_says_what_the_parts_do_not() -> None:
     assert "approximate='none'" in repr(GeluMLP(4, 8, approximate="none"))
+    assert GeluMLP(4, 8, batch_invariant=False).extra_repr() == "approximate='tanh', batch_invariant=False"
+    assert CausalSelfAttention(8, 2, batch_invariant=False).extra_repr() == "heads=2, batch_invariant=False"
     plain = CausalSelfAttention(8, 2)
     assert plain.extra_repr() == "heads=2"
     full = CausalSelfAttention(8, 4, kv_heads=2, dropout=0.1, window=3, scale=0.5)

@@ -67,7 +67,7 @@ class GeluMLP(nn.Module):
     Parameters: c_fc.weight (hidden, width), c_fc.bias (hidden,), c_proj.weight (width, hidden), c_proj.bias (width,),
     initialised as torch.nn.Linear's. approximate is "tanh" (GPT-2's) or "none" (erf). The residual stream may be handed
     in, to be added in the epilogue of the second product: mlp(norm(x), x) is x + mlp(norm(x)). Under autocast a stream
-    in float32 stays so, and is added apart.
+    in float32 stays so, and is added apart. With batch_invariant=False, as for training, the fastest products serve.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class GeluMLP(nn.Module):
         *,
         approximate: str = "tanh",
         bias: bool = True,
+        batch_invariant: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,21 +85,23 @@ class GeluMLP(nn.Module):
         if approximate not in ("tanh", "none"):
             _check.fail("GeluMLP", "approximate must be 'tanh' or 'none'", repr(approximate))
         super().__init__()
-        self.approximate = approximate
+        self.approximate, self.batch_invariant = approximate, batch_invariant
         self.c_fc = nn.Linear(width, hidden, bias, device=device, dtype=dtype)
         self.c_proj = nn.Linear(hidden, width, bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None and _added_apart(x, residual):
             return self(x) + residual
-        w1, w2 = self.c_fc, self.c_proj
+        w1, w2, invariant = self.c_fc, self.c_proj, self.batch_invariant
         if w1.bias is None:
-            hidden = linear(x, w1.weight, activation="gelu_tanh" if self.approximate == "tanh" else "gelu")
-            return linear(hidden, w2.weight, residual=residual)
-        return gelu_mlp(x, w1.weight, w1.bias, w2.weight, w2.bias, approximate=self.approximate, residual=residual)
+            activation = "gelu_tanh" if self.approximate == "tanh" else "gelu"
+            hidden = linear(x, w1.weight, activation=activation, batch_invariant=invariant)
+            return linear(hidden, w2.weight, residual=residual, batch_invariant=invariant)
+        weights = w1.weight, w1.bias, w2.weight, w2.bias
+        return gelu_mlp(x, *weights, approximate=self.approximate, residual=residual, batch_invariant=invariant)
 
     def extra_repr(self) -> str:
-        return f"approximate={self.approximate!r}"
+        return f"approximate={self.approximate!r}" + ("" if self.batch_invariant else ", batch_invariant=False")
 
 
 class CausalSelfAttention(nn.Module):
@@ -107,7 +110,8 @@ class CausalSelfAttention(nn.Module):
     Parameters: c_attn.weight ((heads + 2 kv_heads) D, width) with the rows of all queries, then all keys, then all
     values, c_proj.weight (width, heads D), their biases; D = width / heads <= 256; initialised as torch.nn.Linear's.
     kv_heads below heads is grouped-query attention; window w keeps the nearest w keys, itself included; dropout in
-    [0, 1) drops probabilities in training mode alone; scale is 1/sqrt(D) unless given.
+    [0, 1) drops probabilities in training mode alone; scale is 1/sqrt(D) unless given; residual and batch_invariant are
+    those of GeluMLP.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class CausalSelfAttention(nn.Module):
         window: int | None = None,
         scale: float | None = None,
         bias: bool = True,
+        batch_invariant: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,6 +140,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = heads, kv_heads
         self.dropout, self.window, self.scale = dropout, window, scale
+        self.batch_invariant = batch_invariant
         qkv = width // heads * (heads + 2 * kv_heads)
         self.c_attn = nn.Linear(width, qkv, bias, device=device, dtype=dtype)
         self.c_proj = nn.Linear(width, width, bias, device=device, dtype=dtype)
@@ -144,11 +150,12 @@ class CausalSelfAttention(nn.Module):
         if residual is not None and _added_apart(x, residual):
             return self(x) + residual
         H, Hkv = self.heads, self.kv_heads
-        qkv = linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, (H + 2 * Hkv, -1))
+        into, back, invariant = self.c_attn, self.c_proj, self.batch_invariant
+        qkv = linear(x, into.weight, into.bias, batch_invariant=invariant).unflatten(-1, (H + 2 * Hkv, -1))
         q, k, v = qkv.split((H, Hkv, Hkv), dim=2)  # three views, no copy
         out = attention(q, k, v, scale=self.scale, window=self.window, dropout_p=self.dropout if self.training else 0.0)
         assert isinstance(out, Tensor)
-        return linear(out.flatten(2), self.c_proj.weight, self.c_proj.bias, residual=residual)
+        return linear(out.flatten(2), back.weight, back.bias, residual=residual, batch_invariant=invariant)
 
     def extra_repr(self) -> str:
         parts = [f"heads={self.heads}"]
@@ -157,4 +164,5 @@ class CausalSelfAttention(nn.Module):
         if self.dropout:
             parts.append(f"dropout={self.dropout}")
         parts += [f"{name}={value}" for name in ("window", "scale") if (value := getattr(self, name)) is not None]
+        parts += [] if self.batch_invariant else ["batch_invariant=False"]
         return ", ".join(parts)
