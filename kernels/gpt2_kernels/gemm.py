@@ -172,7 +172,8 @@ def _product(
         programs = min(programs, PROGRAMS_PER_SM * _runtime.multiprocessors(x.device))
     even_k = K % block_k == 0
     # On sm_90 128 registers a thread let two programs share a multiprocessor; the others would spill.
-    two_fit = arch == 90 and size == 2 and even_k and activation != "gelu" and (backward or pre is None)
+    plain_enough = even_k and activation != "gelu" and (backward or pre is None) and block_m * block_n <= 128 * 128
+    two_fit = arch == 90 and size == 2 and plain_enough
     launch(
         linear_kernel,
         (programs,),

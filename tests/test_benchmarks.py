@@ -1,0 +1,48 @@
+"""The benchmark script runs, on tiny shapes, and says what it should; what it measures here means nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_structure import run
+
+from benchmarks import tune
+from gpt2_kernels import _check, fused_attention
+
+
+def test_smoke(tmp_path: Path) -> None:
+    """In a process of its own: CPU tensors take the production path there, not the interpreter."""
+    out = tmp_path / "results.json"
+    parts = ["attention", "layer_norm", "linear", "cross_entropy", "generation", "tables"]
+    command = f"import sys; sys.argv = ['gpu', '--smoke', '--out', {str(out)!r}, '--only', *{parts!r}]"
+    done = run(f"{command}; from benchmarks import gpu; gpu.main()", PYTHONPATH=f"{ROOT / 'kernels'}:{ROOT}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads(out.read_text())["parts"]
+    assert list(results) == ["environment", "ceilings", *parts]
+    for part in parts[:-1]:
+        for row in results[part]:
+            assert row["microseconds"]["ours"]["median"] > 0 and "gates" in row, row
+            assert not any("Assertion" in error for error in row.get("not_run", {}).values()), row  # rivals agree
+    assert all(row["microseconds"] > 0 for row in results["tables"])
+
+
+def test_no_gpu_is_said(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no GPU is visible" in done.stderr
+
+
+def test_a_candidate_takes_the_place_of_the_row_that_would_serve() -> None:
+    before = dict(fused_attention.TILES)
+    with tune.row_instead(fused_attention.TILES, (16, 16, 4, 1)):
+        q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
+        assert _check.tile_for(fused_attention.TILES, q) == (16, 16, 4, 1)
+        assert _check.tile_for(fused_attention.TILES, q.float()) == before[0, 4, 64]
+    assert fused_attention.TILES == before
