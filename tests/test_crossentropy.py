@@ -112,6 +112,12 @@ def test_layouts(path: torch.device, layout: str) -> None:
     check_loss(loss, logits, targets)
     expected = torch.autograd.grad(F.cross_entropy(logits, targets), logits)
     torch.testing.assert_close(torch.autograd.grad(loss, logits), expected)
+    apart = targets.repeat_interleave(2)[::2]  # a flattened view keeps this stride
+    assert torch.equal(ops.cross_entropy(logits, apart), loss)
+    weight = torch.eye(40, device=path)
+    assert torch.equal(
+        ops.linear_cross_entropy(logits, weight, apart), ops.linear_cross_entropy(logits, weight, targets)
+    )
 
 
 def test_offsets_beyond_two_to_the_31(path: torch.device) -> None:

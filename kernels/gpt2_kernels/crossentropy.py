@@ -396,7 +396,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) 
         _check.fail(op, "logits must be (..., V) with V at least 1", tuple(logits.shape))
     _check.same_kind(op, "logits", logits)
     _check_targets(op, targets, logits, ignore_index)
-    rows, targets = _check.as_rows(logits), targets.reshape(-1)
+    rows, targets = _check.as_rows(logits), targets.reshape(-1).contiguous()
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(rows, targets, ignore_index)
     return torch.ops.gpt2_kernels.cross_entropy(rows, targets, ignore_index)[0]
@@ -419,7 +419,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
         _check.fail(op, f"last axis of x must be C = {weight.shape[1]}", tuple(x.shape))
     _check.same_kind(op, "x", x, weight=weight)
     _check_targets(op, targets, x, ignore_index)
-    rows, targets = _check.as_rows(x), targets.reshape(-1)
+    rows, targets = _check.as_rows(x), targets.reshape(-1).contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         wanted = x.requires_grad, weight.requires_grad
         return _LinearCrossEntropy.apply(*distinct(rows, weight, targets, ignore_index, *wanted))
