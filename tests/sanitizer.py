@@ -215,7 +215,7 @@ class Sanitizer:
 
     def check(self, addresses: np.ndarray, mask: np.ndarray, width: int, kind: str) -> None:
         """One access: `addresses` of all lanes, `width` bytes at each active one; kind is load, store or atomic."""
-        addresses = addresses[np.broadcast_to(np.asarray(mask), addresses.shape)]
+        addresses = addresses[np.broadcast_to(np.asarray(mask, bool), addresses.shape)]  # some masks come as int8
         if addresses.size == 0:
             return
         self.ordered_by_atomics |= kind == "atomic"

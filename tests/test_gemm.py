@@ -20,6 +20,7 @@ SHAPES = [
     (5, 64, 64),  # K a multiple of the tile
     (130, 72, 136),  # one past a row tile, ragged everywhere
     (9, 1, 3),  # K = 1
+    (600, 32, 70),  # more row tiles than run together, the last group short
 ]
 
 
