@@ -44,10 +44,16 @@ GROUP_M = 8  # row tiles that run together, so that a column of weight tiles is 
 # it, a program for each tile. The order of additions within a tile is the same. Not yet timed on a GPU.
 PERSISTENT_FROM, PROGRAMS_PER_SM = 90, 2
 
-# What serves where rows need not be batch-invariant: whether anything is fused -> "ours" or "torch" (cuBLAS). Not yet
-# timed on a GPU. The reasoning: without an epilogue cuBLAS has nothing to lose; at M = 65,536 and 768 -> 3072 a GELU
-# apart reads and writes 0.8 GB, 0.19 ms at 4.3 TB/s, beside a product of 0.4 ms at 780 TFLOP/s.
-FASTER = {"plain": "torch", "fused": "ours"}
+# What serves where rows need not be batch-invariant: (element size, whether anything is fused) -> "ours" or "torch"
+# (cuBLAS). Not yet timed on a GPU. The reasoning: without an epilogue cuBLAS has nothing to lose; at M = 65,536 and
+# 768 -> 3072 a GELU apart reads and writes 0.8 GB, 0.19 ms at 4.3 TB/s, beside a product of 0.4 ms at 780 TFLOP/s. In
+# float32 the product takes 5 ms on the CUDA cores, and the 0.37 ms of the GELU are less than cuBLAS is ahead there.
+FASTER = {
+    (2, "plain"): "torch",
+    (2, "fused"): "ours",
+    (4, "plain"): "torch",
+    (4, "fused"): "torch",
+}
 
 
 @triton.jit
@@ -220,22 +226,30 @@ def _linear_triton(
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, N = _check.as_rows(x), weight.shape[0]
-    pre = torch.empty((rows.shape[0], N) if keep else (0, N), dtype=x.dtype, device=x.device)
-    fused = activation or residual is not None
-    if not batch_invariant and FASTER["fused" if fused else "plain"] == "torch":
+    other = None if residual is None else _check.as_rows(residual)
+    if not batch_invariant and _torch_is_faster(x, bool(activation) or residual is not None):
         y = F.linear(rows, weight, bias)
+        pre = y if keep else y.new_empty((0, N))
+        if activation:
+            y = reference.gelu(y, activation)
+        y = y if other is None else y + other
     else:
-        other = None if residual is None else _check.as_rows(residual)
+        pre = torch.empty((rows.shape[0] if keep else 0, N), dtype=x.dtype, device=x.device)
         kept = pre if keep else None
         y = _product(rows, _check.unit_last_stride(weight), bias, other, kept, activation, backward=False)
     return y.view(*x.shape[:-1], N), pre
 
 
+def _torch_is_faster(x: Tensor, fused: bool) -> bool:
+    return FASTER.get((x.element_size(), "fused" if fused else "plain")) == "torch"
+
+
 def _linear_backward_triton(
     grad: Tensor, weight: Tensor, pre: Tensor | None, activation: str, batch_invariant: bool
 ) -> Tensor:
-    if not batch_invariant and FASTER["plain" if pre is None else "fused"] == "torch":
-        return grad @ weight
+    if not batch_invariant and _torch_is_faster(grad, pre is not None):
+        dx = grad @ weight
+        return dx if pre is None else _gelu_backward(dx, pre, activation, batch_invariant)
     return _product(
         _check.unit_last_stride(grad), _check.unit_last_stride(weight), None, None, pre, activation, backward=True
     )
@@ -282,11 +296,21 @@ def _linear_backward_cpu(
     grad: Tensor, weight: Tensor, pre: Tensor | None, activation: str, batch_invariant: bool
 ) -> Tensor:
     dx = _product_cpu(grad, weight.T, None, batch_invariant)
-    return dx if pre is None else _gelu_backward(dx, pre, activation)
+    return dx if pre is None else _gelu_backward(dx, pre, activation, batch_invariant)
 
 
-def _gelu_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+def _gelu_backward(grad: Tensor, pre: Tensor, activation: str, batch_invariant: bool) -> Tensor:
+    """grad * gelu'(pre), element by element."""
+    if not batch_invariant or grad.device.type != "cpu":
+        return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+    # On a CPU that one rounds differently in the last few elements of a thread's share; these operations do nowhere.
+    x = reference.wide(pre)
+    if activation == "gelu_tanh":
+        t = torch.tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x))
+        slope = 0.5 * (1 + t) + 0.3989422804014327 * (1 + 0.134145 * x * x) * (x * (1 - t * t))
+    else:
+        slope = 0.5 * (1 + torch.erf(x * 0.7071067811865476)) + 0.3989422804014327 * x * torch.exp(-0.5 * x * x)
+    return (reference.wide(grad) * slope).to(grad.dtype)
 
 
 def _fake(
@@ -354,7 +378,7 @@ class _Linear(torch.autograd.Function):
         activation, batch_invariant = ctx.options
         dy = _check.as_rows(grad)
         if activation:
-            dy = _gelu_backward(dy, pre, activation)
+            dy = _gelu_backward(dy, pre, activation, batch_invariant)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.gpt2_kernels.linear_backward(dy, weight, None, "", batch_invariant).view(x.shape)
