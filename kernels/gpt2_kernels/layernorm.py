@@ -1,11 +1,29 @@
-"""Layer normalisation, alone and fused with the residual addition before it.
+"""Layer normalisation, alone and fused with the residual addition before it, forward and backward.
 
-    y = (x - mean(x)) * rstd(x) * weight + bias,   rstd = 1 / sqrt(var(x) + eps)       (Ba et al., 2016)
+    xhat = (x - mean(x)) * rstd(x),   rstd = 1 / sqrt(var(x) + eps),   y = xhat * weight + bias     (Ba et al., 2016)
+    dx = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dtotal,   wdy = weight * dy
+    dweight = sum over rows of dy * xhat,   dbias = sum over rows of dy
 
-Layout: rows of C elements, C <= 16384; statistics in float32; two passes over registers, one over memory.
-Bytes, for R rows of element size s: layer_norm reads and writes 2 R C s (+ 8 R of statistics); add_layer_norm 4 R C s
-where the two steps apart take 5 R C s. About 8 FLOP per element: bound by memory everywhere.
-Specification: gpt2_kernels.reference.layer_norm, add_layer_norm.
+Layout: rows of C elements, C <= 16384, a row in the registers of one program. Statistics are float32, the means of all
+rows and then their rstd, (2, R); the variance is taken from the centred row, so that a large mean cancels no digits.
+
+Bytes, for R rows of element size s; the weights, 2 C s, stay in the caches. About 9 FLOP per element forward and 13
+backward: bound by memory everywhere.
+
+    layer_norm                                  2 R C s, + 8 R of statistics where a gradient may be asked for
+    add_layer_norm                              4 R C s, where the two steps apart take 5 R C s
+    layer_norm_backward                         3 R C s + 8 R
+      with dtotal, the gradient of the sum      4 R C s + 8 R: added in the same pass
+      dweight and dbias                         + 16 P C: partial sums of P <= 1056 programs, written and read once
+      wider than 8192                           + 2 R C s: dweight and dbias take a pass of their own
+
+    bfloat16, C = 768     layer_norm    add_layer_norm    backward          backward with dtotal
+    R = 4096              12.6 MB       25.2 MB           18.9 + 12.6 MB    25.2 + 12.6 MB
+    R = 65536             201 MB        403 MB            302 + 13.0 MB     403 + 13.0 MB
+
+The partial sums fit into L2. Same bits twice, and no atomics: a row's y and dx depend on that row alone; which rows a
+program adds, in which order, and the order of the partial sums depend on R and C, not on the GPU.
+Specification: gpt2_kernels.reference.layer_norm, add_layer_norm, layer_norm_backward.
 """
 
 from __future__ import annotations
@@ -17,154 +35,433 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import register, tl, triton
+from gpt2_kernels._runtime import accumulator, autocast, launch, register, tl, triton
 
 MAX_WIDTH = 16384  # one row lies in the registers of one program
 
-# width up to -> warps. sm_90, from compiled code, not yet timed: 128-bit loads, no spills (tests/test_offline.py).
-WARPS = ((1024, 4), (4096, 8), (MAX_WIDTH, 16))
+# The tables come from compiled code (sm_80, sm_90, sm_100; Triton 3.6 and 3.7) and are not yet timed on a GPU.
+#
+# Forward, width up to -> warps. Few of them: 32 elements a thread keep 49 KB or more of rows in flight on an SM of
+# Hopper, and a row of 768 costs 344 warp instructions of the about 750 that the SM issues while memory delivers it. With
+# 4 warps, each of which computes addresses and exchanges sums, it costs 864.
+WARPS = ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (MAX_WIDTH, 16))
+# Backward, width up to -> warps, stages (rows in flight or in work), programs: no more than an H200 holds at a time, and a
+# fixed number, so that the bits of dweight do not depend on the GPU.
+BACKWARD = ((1024, 1, 2, 1056), (2048, 4, 3, 396), (4096, 8, 2, 264), (8192, 16, 2, 132))
+ROWS_PER_PROGRAM = 4  # at least, or the partial sums would be as large as the rows
+# Wider rows leave no registers for sums of dweight and dbias: dx alone, then those by blocks of columns.
+WIDE_WARPS, WIDE_COLUMNS, WIDE_PROGRAMS = 16, 1024, 66
+SUM_ROWS, SUM_COLUMNS = 256, 16  # of partial sums that a program reads at a time, and its columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def layer_norm_kernel(
     x_ptr,  # (R, C)
     residual_ptr,  # (R, C) or None
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
     y_ptr,  # (R, C), contiguous
-    total_ptr,  # (R, C), contiguous, or None: x + residual
-    mean_ptr,  # (R,)
-    rstd_ptr,  # (R,)
+    total_ptr,  # (R, C), contiguous, where there is a residual: x + residual
+    statistics_ptr,  # (2, R) or None
+    R,
     stride_x,
     stride_residual,
     eps,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """One program owns one row and adds it in the tree order of one tl.sum."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     inside = c < C
-    x = tl.load(x_ptr + row * stride_x + c, mask=inside, other=0.0)  # (BLOCK_C,)
-    if HAS_RESIDUAL:
+    # Nothing reads x again soon: it makes room in L2 for y, which the next product reads.
+    x = tl.load(x_ptr + row * stride_x + c, mask=inside, other=0.0, eviction_policy="evict_first")  # (BLOCK_C,)
+    if residual_ptr is not None:
+        residual = tl.load(
+            residual_ptr + row * stride_residual + c, mask=inside, other=0.0, eviction_policy="evict_first"
+        )
         # Rounded as the stored sum is, so that backward, which reads that sum, sees the row that was normalised.
-        x = (x.to(tl.float32) + tl.load(residual_ptr + row * stride_residual + c, mask=inside, other=0.0)).to(x.dtype)
+        x = (x.to(ACC) + residual).to(x.dtype)
         tl.store(total_ptr + row * C + c, x, mask=inside)
-    x = x.to(tl.float32)
+    x = x.to(ACC)
     mean = tl.sum(x, 0) / C
     centred = tl.where(inside, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
-    y = centred * rstd * tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    y = centred * rstd * tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
     tl.store(y_ptr + row * C + c, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + row, mean)
+        tl.store(statistics_ptr + R + row, rstd)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit(do_not_specialize=["R"])
+def layer_norm_backward_kernel(
+    dy_ptr,  # (R, C)
+    dtotal_ptr,  # (R, C) or None
+    x_ptr,  # (R, C)
+    weight_ptr,  # (C,)
+    statistics_ptr,  # (2, R)
+    dx_ptr,  # (R, C), contiguous, or None
+    partial_ptr,  # (DWEIGHT + DBIAS, programs, C) or None
+    R,
+    stride_dy,
+    stride_dtotal,
+    stride_x,
+    DWEIGHT: tl.constexpr,
+    DBIAS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program owns rows p, p + programs, ... and adds them, in this order, to one partial sum of each parameter."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # the whole row wherever dx is wanted
+    inside = c < C
+    dweight = tl.zeros([BLOCK_C], ACC)
+    dbias = tl.zeros([BLOCK_C], ACC)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)  # (BLOCK_C,)
+    for i in tl.range(program, R, programs, num_stages=STAGES):  # the loads of later rows run ahead
+        row = tl.cast(i, tl.int64)
+        dy = tl.load(dy_ptr + row * stride_dy + c, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
+        x = tl.load(x_ptr + row * stride_x + c, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
+        rstd = tl.load(statistics_ptr + R + row)
+        xhat = (x - tl.load(statistics_ptr + row)) * rstd  # not 0 outside, but all that it meets there is
+        if dx_ptr is not None:
+            wdy = weight * dy
+            along, across = tl.reduce((wdy * xhat, wdy), 0, _add_pairs)  # one tree: one exchange between warps
+            dx = (wdy - (xhat * (along / C) + across / C)) * rstd
+            if dtotal_ptr is not None:
+                dx += tl.load(
+                    dtotal_ptr + row * stride_dtotal + c, mask=inside, other=0.0, eviction_policy="evict_first"
+                ).to(ACC)
+            tl.store(dx_ptr + row * C + c, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if DWEIGHT:
+            dweight += dy * xhat
+        if DBIAS:
+            dbias += dy
+    first = program.to(tl.int64) * C
+    if DWEIGHT:
+        tl.store(partial_ptr + first + c, dweight, mask=inside)
+        first += tl.cast(programs, tl.int64) * C
+    if DBIAS:
+        tl.store(partial_ptr + first + c, dbias, mask=inside)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def sum_partials_kernel(
+    partial_ptr,  # (as many as there are results, programs, C)
+    first_ptr,  # (C,)
+    second_ptr,  # (C,) or None
+    programs,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program owns BLOCK_C columns of a result: adds rows BLOCK_P apart from first to last, then those as a tree."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    partial_ptr += tl.program_id(1).to(tl.int64) * programs * C
+    acc = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for start in tl.range(0, programs, BLOCK_P, num_stages=3):
+        inside = (start + p < programs)[:, None] & (c < C)[None, :]
+        acc += tl.load(partial_ptr + (start + p).to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0)
+    total = tl.sum(acc, 0)  # (BLOCK_C,)
+    if tl.program_id(1) == 0:
+        tl.store(first_ptr + c, total.to(first_ptr.dtype.element_ty), mask=c < C)
+    else:
+        if second_ptr is not None:
+            tl.store(second_ptr + c, total.to(second_ptr.dtype.element_ty), mask=c < C)
+
+
+def _block(C: int) -> int:
+    return 1 << (C - 1).bit_length()  # triton.next_power_of_2, which costs the host ten times as much
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     C = x.shape[-1]
     rows, other = _check.as_rows(x), None if residual is None else _check.as_rows(residual)
     R = rows.shape[0]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(y)
-    mean = torch.empty(R, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    kept = torch.empty((2, R), dtype=_statistics_dtype(x), device=x.device) if statistics else None
     if R:
-        layer_norm_kernel[(R,)](
+        launch(
+            layer_norm_kernel,
+            (R,),
             rows,
             other,
             weight,
             bias,
             y,
             total,
-            mean,
-            rstd,
+            kept,
+            R,
             rows.stride(0),
             0 if other is None else other.stride(0),
             eps,
             C=C,
-            BLOCK_C=triton.next_power_of_2(C),
-            HAS_RESIDUAL=residual is not None,
-            HAS_BIAS=bias is not None,
+            BLOCK_C=_block(C),
+            ACC=accumulator(x.dtype),
             num_warps=next(warps for width, warps in WARPS if C <= width),
         )
-    return y, total, mean, rstd
+    return y, total, kept
 
 
-def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _layer_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
+) -> tuple[Tensor, Tensor | None]:
+    y, _, kept = _launch(x, None, weight, bias, eps, statistics)
+    return y, kept
+
+
+def _add_layer_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    y, total, kept = _launch(x, residual, weight, bias, eps, statistics)
+    assert total is not None
+    return y, total, kept
+
+
+def _backward_triton(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    C = x.shape[-1]
+    grads, rows = _check.as_rows(dy), _check.as_rows(x)
+    other = _check.as_rows(dtotal) if dtotal is not None and want_dx else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_dx else None
+    dweight = torch.empty_like(weight) if want_dweight else None
+    dbias = torch.empty_like(weight) if want_dbias else None
+    R, wanted = rows.shape[0], want_dweight + want_dbias
+    if C <= BACKWARD[-1][0]:
+        warps, stages, most = next(row[1:] for row in BACKWARD if C <= row[0])
+        programs = min(-(-R // ROWS_PER_PROGRAM), most)
+        columns, grid = _block(C), (programs, 1)
+        dx_here = dx
+    else:
+        if dx is not None and R:
+            _launch_backward(
+                (R, 1), grads, other, rows, weight, statistics, dx, None, False, False, _block(C), WIDE_WARPS, 1
+            )
+        warps, stages, columns = 1, 2, WIDE_COLUMNS
+        programs = min(-(-R // ROWS_PER_PROGRAM), WIDE_PROGRAMS)
+        grid = (programs, -(-C // columns))
+        other = dx_here = None
+    partial = torch.empty((wanted, programs, C), dtype=statistics.dtype, device=x.device) if wanted else None
+    if R and (wanted or dx_here is not None):
+        _launch_backward(
+            grid,
+            grads,
+            other,
+            rows,
+            weight,
+            statistics,
+            dx_here,
+            partial,
+            want_dweight,
+            want_dbias,
+            columns,
+            warps,
+            stages,
+        )
+    if partial is not None:
+        launch(
+            sum_partials_kernel,
+            (-(-C // SUM_COLUMNS), wanted),
+            partial,
+            dweight if dweight is not None else dbias,
+            dbias if dweight is not None else None,
+            programs,
+            C=C,
+            ACC=accumulator(x.dtype),
+            BLOCK_P=SUM_ROWS,
+            BLOCK_C=SUM_COLUMNS,
+        )
+    return dx, dweight, dbias
+
+
+def _launch_backward(
+    grid: tuple[int, int],
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    dx: Tensor | None,
+    partial: Tensor | None,
+    want_dweight: bool,
+    want_dbias: bool,
+    columns: int,
+    warps: int,
+    stages: int,
+) -> None:
+    launch(
+        layer_norm_backward_kernel,
+        grid,
+        dy,
+        dtotal,
+        x,
+        weight,
+        statistics,
+        dx,
+        partial,
+        x.shape[0],
+        dy.stride(0),
+        0 if dtotal is None else dtotal.stride(0),
+        x.stride(0),
+        DWEIGHT=want_dweight,
+        DBIAS=want_dbias,
+        C=x.shape[1],
+        BLOCK_C=columns,
+        ACC=accumulator(x.dtype),
+        STAGES=stages,
+        num_warps=warps,
+    )
+
+
+def _layer_norm_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
+) -> tuple[Tensor, Tensor | None]:
     wide = reference.wide  # PyTorch keeps the statistics in the dtype of the input, and backward needs float32
     y, mean, rstd = torch.native_layer_norm(
         wide(x), (x.shape[-1],), wide(weight), None if bias is None else wide(bias), eps
     )
-    return y.to(x.dtype).contiguous(), mean.reshape(-1), rstd.reshape(-1)
-
-
-def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, _, mean, rstd = _launch(x, None, weight, bias, eps)
-    return y, mean, rstd
-
-
-def _add_layer_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, total, mean, rstd = _launch(x, residual, weight, bias, eps)
-    assert total is not None
-    return y, total, mean, rstd
+    return y.to(x.dtype).contiguous(), torch.stack((mean.view(-1), rstd.view(-1))) if statistics else None
 
 
 def _add_layer_norm_cpu(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     total = torch.add(x, residual).contiguous()
-    y, mean, rstd = _on_cpu(total, weight, bias, eps)
-    return y, total, mean, rstd
+    y, kept = _layer_norm_cpu(total, weight, bias, eps, statistics)
+    return y, total, kept
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cpu(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wide, C = reference.wide, x.shape[-1]
+    mean, rstd = statistics.view(2, -1, 1)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        wide(dy).reshape(-1, C),
+        wide(x).reshape(-1, C),
+        (C,),
+        mean,
+        rstd,
+        wide(weight),
+        wide(weight),  # stands for the bias, of which only the shape matters
+        (want_dx, want_dweight, want_dbias),
+    )
+    if want_dx:
+        dx = dx.view(x.shape)
+        dx = (dx if dtotal is None else dx + wide(dtotal)).to(x.dtype).contiguous()
+    return (
+        dx if want_dx else None,
+        dweight.to(weight.dtype) if want_dweight else None,
+        dbias.to(weight.dtype) if want_dbias else None,
+    )
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     R = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape), x.new_empty(R, dtype=torch.float32), x.new_empty(R, dtype=torch.float32)
+    return y, x.new_empty((2, R), dtype=_statistics_dtype(x)) if statistics else None
 
 
 def _fake_add(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, mean, rstd = _fake(x, weight, bias, eps)
-    return y, torch.empty_like(y), mean, rstd
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    y, kept = _fake(x, weight, bias, eps, statistics)
+    return y, torch.empty_like(y), kept
 
 
+def _fake_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if want_dx else None,
+        torch.empty_like(weight) if want_dweight else None,
+        torch.empty_like(weight) if want_dbias else None,
+    )
+
+
+# A result that was not asked for is None, as in PyTorch's own native_layer_norm_backward.
 register(
-    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool statistics) -> (Tensor, Tensor)",
     triton_impl=_layer_norm_triton,
-    cpu_impl=_on_cpu,
+    cpu_impl=_layer_norm_cpu,
     fake=_fake,
 )
 register(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, bool statistics)"
+    " -> (Tensor, Tensor, Tensor)",
     triton_impl=_add_layer_norm_triton,
     cpu_impl=_add_layer_norm_cpu,
     fake=_fake_add,
 )
+register(
+    "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor statistics,"
+    " bool want_dx, bool want_dweight, bool want_dbias) -> (Tensor, Tensor, Tensor)",
+    triton_impl=_backward_triton,
+    cpu_impl=_backward_cpu,
+    fake=_fake_backward,
+)
+# The overloads themselves: going through the packet costs the host a lookup per call.
+_layer_norm_op = torch.ops.gpt2_kernels.layer_norm.default
+_add_layer_norm_op = torch.ops.gpt2_kernels.add_layer_norm.default
+_backward_op = torch.ops.gpt2_kernels.layer_norm_backward.default
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, rstd = torch.ops.gpt2_kernels.layer_norm(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        y, statistics = _layer_norm_op(x, weight, bias, eps, True)
+        ctx.save_for_backward(x, weight, statistics)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias = reference.layer_norm_backward(grad, *ctx.saved_tensors)
-        return dx, dweight, dbias if ctx.has_bias else None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, statistics = ctx.saved_tensors
+        want_dx, want_dweight, want_dbias, _ = ctx.needs_input_grad
+        return *_backward_op(dy, None, x, weight, statistics, want_dx, want_dweight, want_dbias), None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -172,17 +469,21 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
-        y, total, mean, rstd = torch.ops.gpt2_kernels.add_layer_norm(x, residual, weight, bias, eps)
-        ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        y, total, statistics = _add_layer_norm_op(x, residual, weight, bias, eps, True)
+        ctx.save_for_backward(total, weight, statistics)
+        ctx.set_materialize_grads(False)  # no zeros to read where one of the results is not used
         return y, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias = reference.layer_norm_backward(grad, *ctx.saved_tensors)
-        dx = dx + grad_total
-        return dx, dx, dweight, dbias if ctx.has_bias else None, None
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        want_dx, want_dresidual, want_dweight, want_dbias, _ = ctx.needs_input_grad
+        if dy is None:
+            return dtotal, dtotal, None, None, None
+        total, weight, statistics = ctx.saved_tensors
+        want = want_dx or want_dresidual
+        dx, dweight, dbias = _backward_op(dy, dtotal, total, weight, statistics, want, want_dweight, want_dbias)
+        return dx if want_dx else None, dx if want_dresidual else None, dweight, dbias, None
 
 
 def _check_arguments(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -195,6 +496,7 @@ def _check_arguments(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, ep
         _check.fail(op, "eps must be at least 0", eps)
 
 
+@autocast("float32")
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Layer normalisation over the last axis: x (..., C) -> (..., C), in the dtype of x.
 
@@ -208,9 +510,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LayerNorm.apply(x, weight, bias, eps)
-    return torch.ops.gpt2_kernels.layer_norm(x, weight, bias, eps)[0]
+    return _layer_norm_op(x, weight, bias, eps, False)[0]
 
 
+@autocast("float32")
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -227,5 +530,5 @@ def add_layer_norm(
     inputs = (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _AddLayerNorm.apply(x, residual, weight, bias, eps)
-    y, total, _, _ = torch.ops.gpt2_kernels.add_layer_norm(x, residual, weight, bias, eps)
+    y, total, _ = _add_layer_norm_op(x, residual, weight, bias, eps, False)
     return y, total
