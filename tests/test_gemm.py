@@ -95,6 +95,17 @@ def test_layouts(path: torch.device, which: str, layout: str) -> None:
     compare_gradients(ours_way, torch_way, leaves, grad)
 
 
+def test_a_transposed_weight_is_not_copied(path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' GPT-2 keeps it: forward and backward read it where it lies."""
+    x, weight, _, _ = inputs(path, torch.float32, 12, 48, 40)
+    grad = torch.randn(12, 40, device=path)
+    expected = ops.linear(x, weight), torch.ops.gpt2_kernels.linear_backward(grad, weight, None, "", True)
+    transposed = weight.T.contiguous().T
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("copied"))
+    assert torch.equal(ops.linear(x, transposed), expected[0])
+    assert torch.equal(torch.ops.gpt2_kernels.linear_backward(grad, transposed, None, "", True), expected[1])
+
+
 def compare_gradients(ours_way: Any, torch_way: Any, leaves: list[Tensor], grad: Tensor) -> None:
     """The result and its gradients, against the same in float64."""
     exact = wide(*leaves)

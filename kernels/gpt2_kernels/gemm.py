@@ -165,9 +165,16 @@ def _product(
     *,
     backward: bool,
 ) -> Tensor:
-    """One launch: x (M, K) against weight (N, K), or (K, N) in the backward pass; a dense last axis in each."""
+    """One launch: x (M, K) against weight (N, K), or (K, N) in the backward pass; last axes of x and residual dense.
+
+    A weight may be dense along either axis: transformers' GPT-2 keeps the transpose.
+    """
     M, K = x.shape
-    N = weight.shape[1 if backward else 0]
+    if backward:
+        weight = weight.T
+    N = weight.shape[0]
+    weight_kn = weight.stride(0) == 1 and weight.stride(1) != 1
+    weight = weight.T if weight_kn else _check.unit_last_stride(weight)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if not (M and N):
         return y
@@ -197,7 +204,7 @@ def _product(
         0 if residual is None else residual.stride(0),
         ACTIVATION=ACTIVATIONS[activation or None],
         DERIVATIVE=backward and pre is not None,
-        WEIGHT_KN=backward,
+        WEIGHT_KN=weight_kn,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_PRE=pre is not None,
@@ -236,7 +243,7 @@ def _linear_triton(
     else:
         pre = torch.empty((rows.shape[0] if keep else 0, N), dtype=x.dtype, device=x.device)
         kept = pre if keep else None
-        y = _product(rows, _check.unit_last_stride(weight), bias, other, kept, activation, backward=False)
+        y = _product(rows, weight, bias, other, kept, activation, backward=False)
     return y.view(*x.shape[:-1], N), pre
 
 
@@ -250,9 +257,8 @@ def _linear_backward_triton(
     if not batch_invariant and _torch_is_faster(grad, pre is not None):
         dx = grad @ weight
         return dx if pre is None else _gelu_backward(dx, pre, activation, batch_invariant)
-    return _product(
-        _check.unit_last_stride(grad), _check.unit_last_stride(weight), None, None, pre, activation, backward=True
-    )
+    kept = None if pre is None else pre.contiguous()
+    return _product(_check.unit_last_stride(grad), weight, None, None, kept, activation, backward=True)
 
 
 # PyTorch's CPU libraries cut the rows among threads and take another routine, with another order of additions, where a
