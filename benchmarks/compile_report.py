@@ -329,7 +329,7 @@ def read_snapshot(path: Path) -> tuple[str, list[Row]]:
     for line in lines:
         cells = [line[:36].strip(), *line[36:].split()]
         found.append(Row(*(type_(cell) for type_, cell in zip(types, cells, strict=True))))
-    return first.split()[1], found
+    return first.split()[1].rstrip(":"), found
 
 
 def format_row(row: Row) -> str:
