@@ -149,12 +149,14 @@ def distinct(*args: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-_variants: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # what a launch depends on -> the compiled kernel's launcher
+# All that a launch depends on -> the kernel, and its compiled variant's launcher. Kernels are known by their id, since
+# Triton hashes the source at every question, and kept beside, so that no other object can take that id.
+_variants: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _GRID_REST = ((), (1, 1), (1,), ())
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """`kernel[grid](*args, **meta)`, for less of the host's time: run-time arguments by position, constexprs by name.
+    """`kernel[grid](*args, **meta)`, for half of the host's time: run-time arguments by position, constexprs by name.
 
     Triton itself chooses and compiles a variant, the first time; a launch that is equal in all that Triton looks at
     goes to that compiled kernel directly, with the arguments themselves, so that Triton's launcher still checks them.
@@ -165,51 +167,45 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if type(kernel) is not JITFunction or JITFunction.run is not _triton_run:
         kernel[grid](*args, **meta)
         return
-    runtime = triton.knobs.runtime
-    active = driver.active
-    device = active.get_current_device()
-    key: list[Any] = [kernel, active, device, runtime.debug, triton.knobs.compilation.instrumentation_mode]
-    key += meta
-    key += meta.values()
-    addresses = 0
+    knobs, active = triton.knobs, driver.active
+    runtime, device = knobs.runtime, active.get_current_device()
     plain = not (
         getattr(runtime.launch_enter_hook, "calls", True)
         or getattr(runtime.launch_exit_hook, "calls", True)
         or kernel.pre_run_hooks
         or runtime.add_stages_inspection_hook
     )
-    # One entry for each argument, at least as fine as Triton's own specialization (tests/test_runtime.py compares).
+    # One entry for each argument, at least as fine as Triton's own specialization (tests/test_launch.py compares).
+    key: list[Any] = [id(kernel), active, device, runtime.debug, knobs.compilation.instrumentation_mode]
+    addresses = 0
     for a in args:
         kind = type(a)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             addresses |= a.data_ptr()
             key.append(a.dtype)
-        elif kind is int:
-            if not -0x80000000 <= a <= 0x7FFFFFFF:
-                plain = False
-            key.append("one" if a == 1 else not a & 15)
-        elif kind is float or a is None:
+        elif a is None or kind is float:
             key.append(kind)
+        elif kind is int and -0x80000000 <= a <= 0x7FFFFFFF:
+            key.append(2 if a == 1 else not a & 15)  # no string, so that the names in meta begin where strings do
         else:
             plain = False
     if not plain or addresses & 15:
         kernel[grid](*args, **meta)
         return
-    found = tuple(key)
-    variant = _variants.get(found)
+    variant = _variants.get(found := (*key, *meta, *meta.values()))
     if variant is None:
         compiled = kernel[grid](*args, **meta)
-        names = [p.name for p in kernel.params[len(args) :]]
+        rest = kernel.params[len(args) :]
         if (
             isinstance(compiled, CompiledKernel)
             and compiled.metadata.target.backend == "cuda"
             and not kernel.used_global_vals  # Triton compares these at every launch
-            and all(p.is_constexpr and p.name in meta for p in kernel.params[len(args) :])
+            and all(p.is_constexpr and p.name in meta for p in rest)
         ):
-            constants = tuple(meta[name] for name in names)  # Triton's launcher counts them as arguments
-            _variants[found] = compiled.run, compiled.function, compiled.packed_metadata, constants
+            constants = tuple(meta[p.name] for p in rest)  # Triton's launcher counts them as arguments
+            _variants[found] = kernel, compiled.run, compiled.function, compiled.packed_metadata, constants
         return
-    run, function, packed, constants = variant
+    _, run, function, packed, constants = variant
     stream = active.get_current_stream(device)
     run(*grid, *_GRID_REST[len(grid)], stream, function, packed, None, None, None, *args, *constants)
 
@@ -236,7 +232,7 @@ def autocast(to: str) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def on_cast(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            if torch._C._is_any_autocast_enabled():  # one question in place of one for each kind of device
                 return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
             return function(*args, **kwargs)
 

@@ -42,11 +42,11 @@ MAX_WIDTH = 16384  # one row lies in the registers of one program
 # The tables come from compiled code (sm_80, sm_90, sm_100; Triton 3.6 and 3.7) and are not yet timed on a GPU.
 #
 # Forward, width up to -> warps. Few of them: 32 elements a thread keep 49 KB or more of rows in flight on an SM of
-# Hopper, and a row of 768 costs 344 warp instructions of the about 750 that the SM issues while memory delivers it. With
-# 4 warps, each of which computes addresses and exchanges sums, it costs 864.
+# Hopper, and a row of 768 costs 344 warp instructions of the about 750 that the SM issues while memory delivers it.
+# With 4 warps, each of which computes addresses and exchanges sums, it costs 864.
 WARPS = ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (MAX_WIDTH, 16))
-# Backward, width up to -> warps, stages (rows in flight or in work), programs: no more than an H200 holds at a time, and a
-# fixed number, so that the bits of dweight do not depend on the GPU.
+# Backward, width up to -> warps, stages (rows in flight or in work), programs: no more than an H200 holds at a time,
+# and a fixed number, so that the bits of dweight do not depend on the GPU.
 BACKWARD = ((1024, 1, 2, 1056), (2048, 4, 3, 396), (4096, 8, 2, 264), (8192, 16, 2, 132))
 ROWS_PER_PROGRAM = 4  # at least, or the partial sums would be as large as the rows
 # Wider rows leave no registers for sums of dweight and dbias: dx alone, then those by blocks of columns.
@@ -168,7 +168,7 @@ def sum_partials_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_C columns of a result: adds rows BLOCK_P apart from first to last, then those as a tree."""
+    """Owns BLOCK_C columns of one result: adds rows BLOCK_P apart from first to last, then these as a tree."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     partial_ptr += tl.program_id(1).to(tl.int64) * programs * C
@@ -188,15 +188,31 @@ def _block(C: int) -> int:
     return 1 << (C - 1).bit_length()  # triton.next_power_of_2, which costs the host ten times as much
 
 
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """A tensor that holds the rows of x with a dense last axis, whatever its rank, and how far they lie apart."""
+    if x.is_contiguous():  # nearly always, and then not even a view is needed
+        return x, x.shape[-1]
+    rows = _check.as_rows(x)
+    return rows, rows.stride(0)
+
+
+def _forward_warps(C: int) -> int:
+    for width, warps in WARPS:
+        if C <= width:
+            return warps
+    raise AssertionError(C)
+
+
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     C = x.shape[-1]
-    rows, other = _check.as_rows(x), None if residual is None else _check.as_rows(residual)
-    R = rows.shape[0]
+    R = x.numel() // C
+    rows, stride_x = _rows(x)
+    other, stride_residual = (None, 0) if residual is None else _rows(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(y)
-    kept = torch.empty((2, R), dtype=_statistics_dtype(x), device=x.device) if statistics else None
+    kept = torch.empty(2, R, dtype=_statistics_dtype(x), device=x.device) if statistics else None
     if R:
         launch(
             layer_norm_kernel,
@@ -209,13 +225,13 @@ def _launch(
             total,
             kept,
             R,
-            rows.stride(0),
-            0 if other is None else other.stride(0),
+            stride_x,
+            stride_residual,
             eps,
             C=C,
             BLOCK_C=_block(C),
             ACC=accumulator(x.dtype),
-            num_warps=next(warps for width, warps in WARPS if C <= width),
+            num_warps=_forward_warps(C),
         )
     return y, total, kept
 
@@ -250,50 +266,37 @@ def _backward_triton(
     want_dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     C = x.shape[-1]
-    grads, rows = _check.as_rows(dy), _check.as_rows(x)
-    other = _check.as_rows(dtotal) if dtotal is not None and want_dx else None
+    R, wanted = x.numel() // C, want_dweight + want_dbias
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_dx else None
     dweight = torch.empty_like(weight) if want_dweight else None
     dbias = torch.empty_like(weight) if want_dbias else None
-    R, wanted = rows.shape[0], want_dweight + want_dbias
-    if C <= BACKWARD[-1][0]:
-        warps, stages, most = next(row[1:] for row in BACKWARD if C <= row[0])
-        programs = min(-(-R // ROWS_PER_PROGRAM), most)
-        columns, grid = _block(C), (programs, 1)
-        dx_here = dx
+    tensors = (dy, dtotal if want_dx else None, x, weight, statistics)
+    programs = 0
+    for width, warps, stages, most in BACKWARD:
+        if C <= width:
+            programs = min(-(-R // ROWS_PER_PROGRAM), most)
+            partial = _partial(wanted, programs, x, statistics)
+            if R and (want_dx or wanted):
+                _launch_backward(
+                    tensors, dx, partial, want_dweight, want_dbias, (programs, 1), _block(C), warps, stages
+                )
+            break
     else:
-        if dx is not None and R:
-            _launch_backward(
-                (R, 1), grads, other, rows, weight, statistics, dx, None, False, False, _block(C), WIDE_WARPS, 1
-            )
-        warps, stages, columns = 1, 2, WIDE_COLUMNS
+        if R and want_dx:
+            _launch_backward(tensors, dx, None, False, False, (R, 1), _block(C), WIDE_WARPS, 1)
         programs = min(-(-R // ROWS_PER_PROGRAM), WIDE_PROGRAMS)
-        grid = (programs, -(-C // columns))
-        other = dx_here = None
-    partial = torch.empty((wanted, programs, C), dtype=statistics.dtype, device=x.device) if wanted else None
-    if R and (wanted or dx_here is not None):
-        _launch_backward(
-            grid,
-            grads,
-            other,
-            rows,
-            weight,
-            statistics,
-            dx_here,
-            partial,
-            want_dweight,
-            want_dbias,
-            columns,
-            warps,
-            stages,
-        )
-    if partial is not None:
+        partial = _partial(wanted, programs, x, statistics)
+        if R and wanted:
+            blocks = -(-C // WIDE_COLUMNS)
+            tensors = (dy, None, x, weight, statistics)
+            _launch_backward(tensors, None, partial, want_dweight, want_dbias, (programs, blocks), WIDE_COLUMNS, 1, 2)
+    if wanted:
         launch(
             sum_partials_kernel,
             (-(-C // SUM_COLUMNS), wanted),
             partial,
-            dweight if dweight is not None else dbias,
-            dbias if dweight is not None else None,
+            dweight if want_dweight else dbias,
+            dbias if want_dweight else None,
             programs,
             C=C,
             ACC=accumulator(x.dtype),
@@ -303,38 +306,44 @@ def _backward_triton(
     return dx, dweight, dbias
 
 
+def _partial(wanted: int, programs: int, x: Tensor, statistics: Tensor) -> Tensor | None:
+    if not wanted:
+        return None
+    return torch.empty(wanted, programs, x.shape[-1], dtype=statistics.dtype, device=x.device)
+
+
 def _launch_backward(
-    grid: tuple[int, int],
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    statistics: Tensor,
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
     dx: Tensor | None,
     partial: Tensor | None,
     want_dweight: bool,
     want_dbias: bool,
+    grid: tuple[int, int],
     columns: int,
     warps: int,
     stages: int,
 ) -> None:
+    dy, dtotal, x, weight, statistics = tensors
+    dy, stride_dy = _rows(dy)
+    dtotal, stride_dtotal = (None, 0) if dtotal is None else _rows(dtotal)
+    rows, stride_x = _rows(x)
     launch(
         layer_norm_backward_kernel,
         grid,
         dy,
         dtotal,
-        x,
+        rows,
         weight,
         statistics,
         dx,
         partial,
-        x.shape[0],
-        dy.stride(0),
-        0 if dtotal is None else dtotal.stride(0),
-        x.stride(0),
+        x.numel() // x.shape[-1],
+        stride_dy,
+        stride_dtotal,
+        stride_x,
         DWEIGHT=want_dweight,
         DBIAS=want_dbias,
-        C=x.shape[1],
+        C=x.shape[-1],
         BLOCK_C=columns,
         ACC=accumulator(x.dtype),
         STAGES=stages,
