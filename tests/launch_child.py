@@ -17,12 +17,14 @@ launch = _runtime.launch
 
 
 @triton.jit(do_not_specialize=["m"])
-def kernel(a_ptr, b_ptr, n, m, scale, BLOCK: tl.constexpr, KIND: tl.constexpr):
+def kernel(a_ptr, b_ptr, c_ptr, n, m, scale, BLOCK: tl.constexpr, KIND: tl.constexpr):
     i = tl.arange(0, BLOCK)
+    value = i * scale + n + m + KIND
     if b_ptr is not None:
-        tl.store(a_ptr + i, tl.load(b_ptr + i).to(a_ptr.dtype.element_ty) * scale + n + m + KIND)
-    else:
-        tl.store(a_ptr + i, (i * scale + n + m + KIND).to(a_ptr.dtype.element_ty))
+        value += tl.load(b_ptr + i)
+    if c_ptr is not None:
+        value *= tl.load(c_ptr + i)
+    tl.store(a_ptr + i, value.to(a_ptr.dtype.element_ty))
 
 
 def main() -> None:
@@ -52,14 +54,17 @@ def main() -> None:
         tensors = [t[offset : offset + 16] for t in storage.values() for offset in (0, 1)]
         tensors.append(torch.nn.Parameter(storage[torch.float32][:16]))
         integers = [0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31 - 16, 2**31, -(2**31), -(2**31) - 1, 2**62, True]
-        base = (tensors[0], tensors[2], 3, 3, 0.5)
+        base = (tensors[0], tensors[2], None, 3, 3, 0.5)
         calls = [(t, *base[1:]) for t in tensors]
-        calls += [(base[0], t, *base[2:]) for t in [*tensors, None]]
-        calls += [(*base[:2], n, *base[3:]) for n in integers]
-        calls += [(*base[:3], m, base[4]) for m in integers]
-        calls += [(*base[:4], scale) for scale in (0.0, 1.0, 2, 16, True)]
-        options = [dict(BLOCK=16, KIND=0), dict(KIND=0, BLOCK=16), dict(BLOCK=16, KIND=1, num_warps=2)]
-        all_of_them = [*itertools.product(calls, options)] * 2
+        calls += [(base[0], b, c, *base[3:]) for b, c in itertools.permutations([*tensors, None], 2)]
+        calls += [(*base[:3], n, *base[4:]) for n in integers]
+        calls += [(*base[:4], m, base[5]) for m in integers]
+        calls += [(*base[:5], scale) for scale in (0.0, 1.0, 2, 16, True)]
+        # the same values under exchanged names, the same names in another order, another value, another option
+        options = [dict(BLOCK=16, KIND=8), dict(KIND=16, BLOCK=8), dict(KIND=8, BLOCK=16), dict(BLOCK=16, KIND=0)]
+        options.append(dict(BLOCK=16, KIND=8, num_warps=2))
+        calls = [*itertools.product(calls, options[:1]), *itertools.product(calls[:2] + calls[-2:], options[1:])]
+        all_of_them = calls * 2
         random.Random(0).shuffle(all_of_them)
         different, direct = [], 0
         for args, meta in all_of_them:
@@ -69,7 +74,7 @@ def main() -> None:
             mine = ran[-1][0]
             kernel[(1,)](*args, **meta)
             if mine is not ran[-1][0]:
-                different.append(str((args[2:], meta)))
+                different.append(str((args[3:], meta)))
         result["different"], result["direct"], result["calls"] = different, direct, len(all_of_them)
 
         def took_the_short_way(*args, grid=(1,), **meta) -> bool:
@@ -96,6 +101,10 @@ def main() -> None:
         kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append("pre"))
         result["with a pre-run hook"] = took_the_short_way(*base)
         kernel.pre_run_hooks.clear()
+        run = jit.JITFunction.run
+        jit.JITFunction.run = lambda *args, **kwargs: seen.append("run") or run(*args, **kwargs)
+        result["with run replaced"] = took_the_short_way(*base)
+        jit.JITFunction.run = run
         with offline(90, compile=False) as entries:
             launch(kernel, (5,), *base, BLOCK=16, KIND=0)
         result["offline saw"] = [(e.name, e.grid) for e in entries]

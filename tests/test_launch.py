@@ -40,12 +40,12 @@ def test_every_launch_runs_the_variant_that_triton_would_choose(output: dict) ->
 
 def test_the_short_way_is_for_plain_launches(output: dict) -> None:
     assert output["again"] and output["after the hook"]
-    for case in ("unaligned", "with a hook", "debug", "with a pre-run hook"):
+    for case in ("unaligned", "with a hook", "debug", "with a pre-run hook", "with run replaced"):
         assert not output[case], case
 
 
 def test_tools_see_every_launch(output: dict) -> None:
-    assert output["hook saw"] == ["kernel", "pre"]
+    assert output["hook saw"] == ["kernel", "pre", "run"]
     assert output["offline saw"] == [["kernel", [5]]]
 
 
