@@ -29,7 +29,7 @@ from torch import Tensor
 
 import gpt2_kernels as ops
 from benchmarks.offline import Entry, analyse, offline
-from gpt2_kernels import _runtime, crossentropy
+from gpt2_kernels import _runtime
 
 ARCHITECTURES = (80, 90, 100)
 MMA = ("HGMMA", "UTCMMA", "HMMA")  # tensor cores of Hopper, Blackwell and Ampere
@@ -125,17 +125,17 @@ def _append(dtype: torch.dtype, N: int = 32, num_blocks: int = 64) -> None:
 
 
 def _cross_entropy(V: int, dtype: torch.dtype, R: int = 64) -> Tensor:
-    """Forward and backward; rows start at multiples of 16 bytes, as the trainer's do."""
+    """Forward and backward of dense rows, which start at any multiple of an element's size."""
     with torch.enable_grad():
-        logits = torch.empty(R, -(-V // 64) * 64, dtype=dtype)[:, :V].requires_grad_()
+        logits = torch.empty(R, V, dtype=dtype, requires_grad=True)
         loss = ops.cross_entropy(logits, torch.zeros(R, dtype=torch.int64))
         return torch.autograd.grad(loss, logits)[0]
 
 
 def _linear_cross_entropy() -> object:
-    """One chunk of rows, whose gradient replaces them."""
-    logits = torch.empty(64, 50304, dtype=torch.bfloat16)[:, :50257]
-    return crossentropy._rows_triton(logits, torch.zeros(64, dtype=torch.int64), -100, True)
+    """One row and so one chunk, whose gradient replaces it."""
+    x, weight = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(50257, 8, dtype=torch.bfloat16)
+    return torch.ops.gpt2_kernels.linear_cross_entropy(x, weight, torch.zeros(1, dtype=torch.int64), -100, True, True)
 
 
 def _norm(C: int, dtype: torch.dtype, add: bool, M: int = 64) -> object:

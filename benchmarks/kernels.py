@@ -56,6 +56,7 @@ def compare(
     """
     usable: Calls = {}
     errors: dict[str, str] = {}
+    disagrees: dict[str, str] = {}
     expected: list[Tensor] = []
     for rival, call in calls.items():
         try:
@@ -64,6 +65,8 @@ def compare(
             for a, b in zip(found, expected) if close else ():
                 torch.testing.assert_close(b.float(), a.float(), rtol=close, atol=close * a.abs().max().item())
             usable[rival] = call
+        except AssertionError as error:
+            disagrees[rival] = str(error)[:500]
         except Exception as error:  # noqa: BLE001 - a rival that is missing must not end the run
             if rival == "ours":
                 raise
@@ -77,6 +80,8 @@ def compare(
     }
     if errors:
         row["not_run"] = errors
+    if disagrees:
+        row["disagrees"] = disagrees  # ends the whole run with an error: one of the two is wrong
     if flops:
         row["tflops"] = {rival: flops / t.median / 1e6 for rival, t in times.items()}
         row["of_matmul"] = flops / ours * 1e6 / run.ceilings["matmul"]
@@ -254,8 +259,11 @@ def cross_entropy(run: Run) -> Iterator[Row]:
     logits = run.random(R, V)
     given: Calls = {
         "ours": lambda: ops.cross_entropy(logits, targets),
-        "torch": lambda: F.cross_entropy(logits.float(), targets),
+        "torch": lambda: F.cross_entropy(logits, targets),
     }
+    if not run.smoke:
+        given_compiled = torch.compile(F.cross_entropy)
+        given["compiled"] = lambda: given_compiled(logits, targets)
     with torch.no_grad():
         name = f"cross_entropy forward {R}x{V}"
         yield compare(run, name, given, moved=float(R * V * logits.element_size()), gates={"torch": 1.0})
@@ -263,7 +271,7 @@ def cross_entropy(run: Run) -> Iterator[Row]:
 
 def generation(run: Run) -> Iterator[Row]:
     """Gates 5 and 6: paged decode over shuffled blocks; and sampling, which has no gate."""
-    for S, context in ((2, 40),) if run.smoke else ((256, 2048), (2, 1024), (1, 1024)):
+    for S, context in ((2, 40),) if run.smoke else ((384, 2048), (2, 1024), (1, 1024)):
         yield _paged_decode(run, S, context)
     S, V = run.size(256, 2), run.size(50257, 101)
     logits = run.random(S, V)
@@ -288,7 +296,12 @@ def _paged_decode(run: Run, S: int, context: int) -> Row:
     lens = torch.full((S,), context, dtype=torch.int32, device=run.device)
     cu = torch.arange(S + 1, dtype=torch.int32, device=run.device)
     q = run.random(S, H, D)
-    calls: Calls = {"ours": lambda: ops.paged_attention(q, k_cache, v_cache, table, lens, cu, 1)}
+    rows = table.long()
+    k, v = (c.transpose(1, 2)[rows].transpose(1, 2).flatten(2, 3)[:, :, :context] for c in (k_cache, v_cache))
+    calls: Calls = {
+        "ours": lambda: ops.paged_attention(q, k_cache, v_cache, table, lens, cu, 1),
+        "torch, contiguous keys": lambda: F.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0],
+    }
     moved = 2.0 * S * context * H * D * q.element_size()
     row = compare(
         run, f"paged decode S={S} context={context}", calls, moved=moved, gates={"copy": 0.8} if S > 2 else {}

@@ -6,6 +6,8 @@ A candidate replaces the row that would serve; whatever is timed has first to gi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,20 +59,25 @@ def row_instead(table: Table, row: tuple[int, ...]) -> Iterator[None]:
 
 
 def sweep(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
+    """Candidates take turns with each other and with the standing row, so that a drift of the clock meets all alike."""
     for name, (table, rows) in CANDIDATES.items():
         call = _call(name, device, smoke)
-        expected = call()
+        expected, calls, result = call(), {"standing": call}, {"name": name, "not_run": {}}
         for row in rows[: 1 if smoke else None]:
-            result: dict[str, Any] = {"name": name, "row": row}
-            with row_instead(table, row):
-                try:
-                    got = call()
-                    for a, b in zip(got, expected):
-                        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-                    result["microseconds"] = kernel_times({"call": call}, device, 3 if smoke else 20)["call"].median
-                except Exception as error:  # noqa: BLE001 - the next candidate is still worth its time
-                    result["not_run"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            yield result
+            candidate = functools.partial(_with_row, table, row, call)
+            try:
+                for a, b in zip(candidate(), expected):
+                    torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+                calls[str(row)] = candidate
+            except Exception as error:  # noqa: BLE001 - the other candidates are still worth their time
+                result["not_run"][str(row)] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        times = kernel_times(calls, device, 3 if smoke else 20)
+        yield {**result, "microseconds": {row: dataclasses.asdict(t) for row, t in times.items()}}
+
+
+def _with_row(table: Table, row: tuple[int, ...], call: Callable[[], Any]) -> Any:
+    with row_instead(table, row):
+        return call()
 
 
 def _call(name: str, device: torch.device, smoke: bool) -> Callable[[], Any]:

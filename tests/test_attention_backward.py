@@ -13,7 +13,8 @@ import gpt2_kernels as ops
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2 head, two row tiles", "grouped heads", "first rows see no key", "window", "full"]
+    "name",
+    ["gpt2 head, two row tiles", "grouped heads", "first rows see no key", "window", "full", "window of all 32 bits"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients(path: torch.device, name: str, dtype: torch.dtype) -> None:

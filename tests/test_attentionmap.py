@@ -353,7 +353,7 @@ def test_bad_input(path: torch.device) -> None:
         (lambda: ops.attention_map(q[:, :, :3], k, lse[:, :3]), r"query heads H must be a multiple .* got 3 and 2"),
         (lambda: ops.attention_map(q, k, lse[:, :, :7]), r"lse must be \(B, H, Tq\) = \(1, 4, 8\), got \(1, 4, 7\)"),
         (lambda: ops.attention_map(q, k, lse.double()), r"lse must be torch.float32, got torch.float64"),
-        (lambda: ops.attention_map(q, k, lse, window=0), r"window must be None or at least 1, got 0"),
+        (lambda: ops.attention_map(q, k, lse, window=0), r"window must be None or an int of at least 1, got 0"),
         (lambda: ops.attention_map(q, k, lse, scale=0.0), r"scale must be positive and finite, got 0.0"),
         (lambda: ops.attention_map(q, k, lse, top_m=0), r"top_m must lie in 1..9, got 0"),
         (lambda: ops.attention_map(q, k, lse, top_m=10), r"top_m must lie in 1..9, got 10"),
@@ -381,5 +381,6 @@ def test_index_outside_the_tensor(path: torch.device, top_m: int | None) -> None
             with pytest.raises(ValueError, match=rf"attention_map: {name} must lie in .*, got {index}"):
                 ops.attention_map(q, k, lse, top_m=top_m, **chosen)
         elif top_m is None:
-            p = ops.attention_map(q, k, lse, **chosen)
-            assert p.isnan().sum() == p.numel() / 2
+            for causal in (True, False):
+                p = ops.attention_map(q, k, lse, causal=causal, **chosen)
+                assert p.isnan().sum() == p.numel() / 2

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from test_structure import run
 
-from benchmarks import tune
+from benchmarks import gpu, kernels, tune
 from gpt2_kernels import _check, fused_attention
 
 
@@ -28,8 +28,26 @@ def test_smoke(tmp_path: Path) -> None:
     for part in parts[:-1]:
         for row in results[part]:
             assert row["microseconds"]["ours"]["median"] > 0 and "gates" in row, row
-            assert not any("Assertion" in error for error in row.get("not_run", {}).values()), row  # rivals agree
-    assert all(row["microseconds"] > 0 for row in results["tables"])
+            assert "disagrees" not in row, row
+    assert all(len(row["microseconds"]) == 2 and not row["not_run"] for row in results["tables"])
+
+
+def test_a_wrong_result_is_found() -> None:
+    x = torch.randn(100)
+    run_ = kernels.Run(torch.device("cpu"), True, {"copy": 1.0, "matmul": 1.0})
+    row = kernels.compare(run_, "wrong", {"ours": lambda: x * 0, "torch": lambda: x.sin()}, gates={"torch": 1.0})
+    assert "torch" in row["disagrees"] and row["gates"] == {"torch x 1.0": None}
+
+
+def test_the_sanitizer_meets_every_kernel() -> None:
+    """Each test that it names exists, and each file with a kernel has one."""
+    files = {test.partition("::")[0] for test in gpu.SANITIZED}
+    for test in gpu.SANITIZED:
+        file, _, function = test.partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), test
+    for path in (ROOT / "kernels" / "gpt2_kernels").glob("*.py"):
+        if "_kernel(" in path.read_text():
+            assert f"test_{path.name}" in files | {"test_fused_attention.py"}, path.name
 
 
 def test_no_gpu_is_said(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ CASES = {
     "window": Case(1, 150, 150, 1, 1, 64, window=37),
     "window of one: itself": Case(1, 70, 70, 1, 1, 16, window=1),
     "window wider than the text": Case(1, 70, 70, 1, 1, 16, window=1000),
+    "window of all 32 bits": Case(1, 70, 20, 1, 1, 16, window=2**31 - 1),
     "window over a past": Case(1, 30, 200, 1, 1, 16, window=64),
     "window without causal": Case(1, 90, 90, 1, 1, 16, causal=False, window=20),
     "head dimension 1": Case(1, 20, 20, 1, 1, 1),
@@ -188,6 +189,7 @@ def test_dropout_follows_torchs_generator(path: torch.device) -> None:
     assert torch.equal(first, ops.attention(q, k, v, dropout_p=0.5))
     assert not torch.equal(first, second)
     assert torch.equal(ops.attention(q, k, v, dropout_p=0.0), ops.attention(q, k, v))
+    assert ops.attention(q[:, :0], k, v, dropout_p=0.5).shape == (1, 0, 2, 16)
 
 
 # --- packed sequences -----------------------------------------------------------------------------------------------
@@ -303,7 +305,11 @@ def test_bad_input(path: torch.device) -> None:
         (lambda: ops.attention(q, k, v[:, :7]), r"attention: v must be \(B, Tk, Hkv, D\) = \(1, 8, 2, 16\), got"),
         (lambda: ops.attention(q[:, :, :3], k, v), r"attention: query heads H must be a multiple .* got 3 and 2"),
         (lambda: ops.attention(q, k.half(), v), r"attention: k must have the dtype of q"),
-        (lambda: ops.attention(q, k, v, window=0), r"attention: window must be None or at least 1, got 0"),
+        (lambda: ops.attention(q, k, v, window=0), r"attention: window must be None or an int of at least 1, got 0"),
+        (
+            lambda: ops.attention(q, k, v, window=2.5),
+            r"attention: window must be None or an int of at least 1, got 2.5",
+        ),
         (lambda: ops.attention(q, k, v, scale=-1.0), r"attention: scale must be positive and finite, got -1.0"),
         (lambda: ops.attention(q, k, v, dropout_p=1.0), r"attention: dropout_p must lie in \[0, 1\), got 1.0"),
     ]:
@@ -336,8 +342,13 @@ def test_bad_packing(path: torch.device) -> None:
     ]:
         with pytest.raises(ValueError, match=op + message):
             call_()
+
+
+def test_contents_of_the_packing_are_checked_on_a_cpu(path: torch.device) -> None:
     if ops.path_of("attention", path.type) != "PyTorch":
-        return  # contents are read where reading them costs nothing
+        pytest.skip("read where reading them costs nothing")
+    q, k, v = (torch.randn(8, heads, 16) for heads in (4, 2, 2))
+    cu, op = offsets((3, 5), path), "attention_varlen: "
     with pytest.raises(ValueError, match=op + r"cu_seqlens_q must rise from 0 to at most 8, got \[0, 9, 3\]"):
         ops.attention_varlen(q, k, v, torch.tensor([0, 9, 3], dtype=torch.int32), cu, 9, 5)
     with pytest.raises(ValueError, match=op + r"sequences of cu_seqlens_k must not be longer than 4, got 5"):

@@ -369,6 +369,7 @@ def test_opcheck(path: torch.device) -> None:
     op = torch.ops.gpt2_kernels.linear.default
     opcheck(op, (x, weight, bias, residual, "gelu_tanh", True, True))
     opcheck(op, (x.view(2, 2, 32), weight, None, None, "", False, False))
+    opcheck(op, (x, weight, bias, None, "", True, False))  # nothing to keep where there is no activation
     backward = torch.ops.gpt2_kernels.linear_backward.default
     opcheck(backward, (residual, weight, x.clone(), "gelu", True))
     opcheck(backward, (residual, weight, None, "", False))

@@ -252,7 +252,10 @@ def test_bad_arguments(path: torch.device) -> None:
         (lambda: CausalSelfAttention(8, 4, kv_heads=3), r"CausalSelfAttention: query heads H must be .* got 4 and 3"),
         (lambda: CausalSelfAttention(8, 4, kv_heads=0), r"CausalSelfAttention: kv_heads must be at least 1, got 0"),
         (lambda: CausalSelfAttention(514, 2), r"CausalSelfAttention: head dimension D must lie in 1..256, got 257"),
-        (lambda: CausalSelfAttention(8, 2, window=0), r"CausalSelfAttention: window must be None or at least 1, got 0"),
+        (
+            lambda: CausalSelfAttention(8, 2, window=0),
+            r"CausalSelfAttention: window must be None or an int of at least 1, got 0",
+        ),
         (lambda: CausalSelfAttention(8, 2, scale=0.0), r"CausalSelfAttention: scale must be positive .* got 0.0"),
         (lambda: CausalSelfAttention(8, 2, dropout=1.0), r"CausalSelfAttention: dropout must lie in \[0, 1\), got 1.0"),
     ]:
@@ -267,3 +270,16 @@ def test_bad_arguments(path: torch.device) -> None:
         LayerNorm(8).to(path)(torch.zeros(3, 7, device=path))
     with pytest.raises(ValueError, match=r"layer_norm: weight must be .*, got \(8,\)"):
         LayerNorm(8, elementwise_affine=False)(torch.zeros(3, 7, device=path))
+
+
+def test_hooks_run_once_beside_a_float32_stream() -> None:
+    """The residual that autocast must not round is added apart: within the same call of the module."""
+    calls: list[int] = []
+    mlp = modules.GeluMLP(16, 32)
+    mlp.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(3, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert mlp(x, x).dtype == torch.float32
+    assert len(calls) == 1
+    on_meta = modules.GeluMLP(16, 32, device="meta")
+    assert on_meta(x.to("meta"), x.to("meta")).shape == (3, 16)

@@ -36,6 +36,7 @@ MMA = {
     "append_kv_kernel": NONE,
     "cross_entropy_kernel": NONE,
     "cross_entropy_backward_kernel": NONE,
+    "mean_kernel": NONE,
     "layer_norm_kernel": NONE,
     "layer_norm_backward_kernel": NONE,
     "sum_partials_kernel": NONE,

@@ -216,7 +216,7 @@ def test_a_stride_of_tokens_beyond_two_to_the_27(path: torch.device) -> None:
 def test_more_sequences_than_one_launch_takes(
     path: torch.device, queries: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A grid's second axis ends at 65535; here at 2, so that three launches serve five sequences, the last one alone."""
+    """A grid's second axis ends at 65535; here at 2, so that three launches serve five sequences, the last alone."""
     batch, _ = make_batch(path, torch.float32, [20, 75, 3, 6, 40], queries, D=16)
     expected = ops.paged_attention(*batch)
     assert expected.abs().amin(dim=(1, 2)).all()  # every row was written

@@ -13,6 +13,7 @@ from gpt2_kernels import _runtime
 
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_WINDOW = 2**30  # a wider one is no narrower, and a position plus it would not fit in the 32 bits of kernels
 
 
 def fail(op: str, rule: str, got: Any) -> NoReturn:
@@ -53,13 +54,14 @@ def index(op: str, name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) 
 
 def attention_options(op: str, head_dim: int, scale: float | None, window: int | None) -> tuple[float, int]:
     """The scale to use (1/sqrt(D) unless given) and the window (0 stands for none)."""
-    if window is not None and window < 1:
-        fail(op, "window must be None or at least 1", window)
+    if window is not None and not (isinstance(window, (int, torch.SymInt)) and window >= 1):
+        fail(op, "window must be None or an int of at least 1", window)
+    window = min(window, MAX_WINDOW) if window else 0
     if scale is None:
-        return head_dim**-0.5, window or 0
+        return head_dim**-0.5, window
     if not 0.0 < scale < float("inf"):
         fail(op, "scale must be positive and finite", scale)
-    return float(scale), window or 0
+    return float(scale), window
 
 
 def heads(op: str, q_heads: int, kv_heads: int, head_dim: int) -> None:

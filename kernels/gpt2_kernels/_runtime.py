@@ -289,9 +289,9 @@ def register(
             _refuse_gradient(name, args)
         # Triton launches on the current device, which need not be that of the tensors; the first argument is one.
         device = args[0].device
-        if device.index == torch.cuda.current_device():
+        if device.index == torch.cuda.current_device() and not torch.is_autocast_enabled("cuda"):
             return triton_impl(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), torch.autocast("cuda", enabled=False):  # as on a CPU
             return triton_impl(*args)
 
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -78,6 +78,7 @@ def attention_map_kernel(
     h = tl.load(heads_ptr + which % heads)  # int64
     t = tl.load(rows_ptr + r, mask=r < R, other=0)  # (BLOCK_M,) int64
     t = tl.where((h >= 0) & (h < H), t, -1)  # no row of a head that does not exist exists
+    h = tl.where((h >= 0) & (h < H), h, 0)  # nor are its keys read
     there = (t >= 0) & (t < Tq)
     tl.device_assert(there, "attention_map: heads or rows outside the tensor", mask=r < R)
     there = there & (r < R)

@@ -1,15 +1,20 @@
-"""Cross-entropy: of given logits, and fused with the product that makes them.
+"""Cross-entropy: of logits, and of logits that are made and used up chunk by chunk.
 
-    cross_entropy           loss = mean over rows of  logsumexp(z) - z[target]
-    linear_cross_entropy    the same for z = x weight^T, which never exists as a whole
+    cross_entropy          mean over rows r of  log sum_v exp(logits[r, v]) - logits[r, targets[r]]
+    linear_cross_entropy   the same of logits = x weight^T, which never exist as a whole
+    gradient               d logits[r, v] = (softmax(logits[r])[v] - [v = targets[r]]) / rows
 
-Layout: z (R, V) with a dense last axis, x (R, C), weight (V, C), targets (R,) int64; statistics in float32. Rows whose
-target is ignore_index count for nothing.
-Bytes of element size s: cross_entropy R V s forward; R V s read and R V s written backward.
-FLOPs of linear_cross_entropy: 2 R V C, and 4 R V C more for the gradients, which are made in the same pass, chunk of
-rows by chunk of rows, so that nothing is computed twice (Hsu et al., 2024, Liger Kernel): at most a sixteenth of the
-logits exist at once, and their gradient takes their place. At C = 768 that is 4608 FLOP for each logit and about 10
-bytes: bound by the matrix units.
+Layout: R rows of V logits; x (R, C) and weight (V, C). Rows whose target is ignore_index count nowhere and their logits
+are not read. Each row keeps its maximum and its sum of exponentials in float32, apart: the one number
+maximum + log(sum) would have no digits left for the sum where logits are large. The mean is taken on the device.
+
+cross_entropy, bytes for element size s: R V s forward, 2 R V s backward. V = 50257 starts most rows at addresses that
+no 16-byte load may have, so a row is taken as up to 15 bytes, then 16-byte pieces, then up to 15 bytes.
+linear_cross_entropy, FLOPs: 2 R V C forward and 4 R V C for the gradients, which are made in the forward pass, while a
+chunk's logits are there: backward would have to make the logits again, 2 R V C more (Hsu et al., 2024, "Liger Kernel").
+Bytes beside the products' operands: R V s written by the first product, read, overwritten by d logits, read by the two
+other products, 5 R V s (a row's second reading comes from L2), and 8 V C for each chunk to add to d weight.
+Memory: the logits of one chunk, at most 1/16 of all; d x and d weight in float32, 4 (R + V) C, for backward.
 Specification: gpt2_kernels.reference.cross_entropy, linear_cross_entropy.
 """
 
@@ -24,403 +29,555 @@ from torch.autograd.function import once_differentiable
 from gpt2_kernels import _check, reference
 from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, tl, triton
 
-CHUNKS = 16  # rows are cut into this many; with fewer rows each is a chunk of its own
-ROW_MULTIPLE = 64  # elements from one row of a chunk's logits to the next: 50,257 would leave rows unaligned
+MAX_VOCABULARY = 2**30  # columns are counted in int32
+ALIVE = 16  # linear_cross_entropy holds 1 / ALIVE of the logits
+ROW_MULTIPLE = 64  # logits of a chunk start on 128 bytes: the products ask for 16, and write whole cache lines
+TILE_ROWS = 128  # chunks hold a multiple of a GEMM's row tile where that costs no further chunk
 
-# vocabulary up to -> (BLOCK_V, warps): one program walks over a row. Compiled for sm_80, sm_90 and sm_100 without
-# spills (tests/test_offline.py); not yet timed on a GPU.
-TILES = ((1024, (1024, 4)), (1 << 31, (4096, 8)))
-
-
-@triton.jit
-def _add_block(m, l, z_row, start, V, MASKED: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Running maximum and sum of exponentials (online softmax), one block further."""
-    v = start + tl.arange(0, BLOCK_V)
-    # Only the last block is masked: a bound that is no multiple of 8 would cut every load into single elements.
-    z = tl.load(z_row + v, mask=v < V, other=-float("inf")) if MASKED else tl.load(z_row + v)
-    z = z.to(ACC)
-    m_new = tl.maximum(m, tl.max(z, 0))
-    shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # nothing but -inf so far
-    l = l * tl.exp2((m - shift) * 1.4426950408889634) + tl.sum(tl.exp2((z - shift) * 1.4426950408889634), 0)
-    return m_new, l
+# vocabulary up to -> (BLOCK, warps). Compiled without spills for sm_80, sm_90 and sm_100; not yet timed on a GPU.
+BLOCKS = ((1024, (1024, 4)), (MAX_VOCABULARY, (4096, 8)))
+# torch 2.11's product with a float32 result is not known to add to a float32 matrix: there the sum is a pass of its own.
+ADDS_IN_PLACE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 12)
+BLOCK_MEAN = 1024  # rows that the one program of mean_kernel adds at a time
 
 
 @triton.jit
-def _store_block(
-    z_row,  # (V,)
-    dz_row,  # (V,), which may be z_row
-    start,
-    lse,
+def _aligned_part(first, V, VEC: tl.constexpr):
+    """Of V elements from `first` on: where the first whole VEC starts, elements before it, elements in whole VECs."""
+    start = tl.multiple_of((first + VEC - 1) // VEC * VEC, VEC)
+    length = tl.maximum((first + V) // VEC * VEC - start, 0).to(tl.int32)
+    return start, (start - first).to(tl.int32), tl.multiple_of(length, VEC)
+
+
+@triton.jit
+def _edge_columns(head, length, V, VEC: tl.constexpr):
+    """The columns of a row outside its aligned part, (2 VEC,), and which of these lanes have one."""
+    lane = tl.arange(0, 2 * VEC)
+    column = tl.where(lane < VEC, lane, head + length + lane - VEC)
+    return column, column < tl.where(lane < VEC, tl.minimum(head, V), V)
+
+
+@triton.jit
+def _gradient(x, column, target, maximum, inverse, scale):
+    """(softmax - [column = target]) scale; (x - maximum) first, for it is exact where x log2(e) is rounded."""
+    return (tl.exp2((x - maximum) * 1.4426950408889634) * inverse - tl.where(column == target, 1.0, 0.0)) * scale
+
+
+@triton.jit
+def _write_gradient(
+    logits_ptr,
+    grad_ptr,  # may be logits_ptr: every element is read before it is written
+    first,
+    first_grad,
     target,
-    kept,
+    keep,
+    maximum,
+    total,
     scale,
     V,
-    MASKED: tl.constexpr,
+    SAME_ALIGNMENT: tl.constexpr,
+    VEC: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """dz = scale * (softmax(z) - one_hot(target)), and 0 in a row that counts for nothing."""
-    v = start + tl.arange(0, BLOCK_V)
-    z = tl.load(z_row + v, mask=v < V, other=-float("inf")) if MASKED else tl.load(z_row + v)
-    p = tl.exp2((z.to(ACC) - lse) * 1.4426950408889634)
-    dz = tl.where(kept, tl.where(v == target, p - 1.0, p) * scale, 0.0).to(dz_row.dtype.element_ty)
-    if MASKED:
-        tl.store(dz_row + v, dz, mask=v < V)
-    else:
-        tl.store(dz_row + v, dz)
+    """One row of d logits, by the alignment of what is written; a row that is left out is zeroed without being read."""
+    inverse = 1.0 / total
+    scale = tl.where(keep, scale, 0.0)
+    known = (target >= 0) & (target < V)
+    scale = tl.where(keep & (known == 0), float("nan"), scale)  # a target that does not exist: loudly wrong
+    shift = first - first_grad
+    if SAME_ALIGNMENT:
+        shift = tl.multiple_of(shift, VEC)
+    start, head, length = _aligned_part(first_grad, V, VEC)
+    column, inside = _edge_columns(head, length, V, VEC)
+    edge = tl.load(logits_ptr + first + column, mask=inside & keep, other=0.0).to(ACC)  # (2 VEC,)
+    edge = _gradient(edge, column, target, maximum, inverse, scale)
+    tl.store(grad_ptr + first_grad + column, edge.to(grad_ptr.dtype.element_ty), mask=inside)
+    for block in tl.range(0, length, BLOCK):
+        c = block + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + (start + shift) + c, mask=(c < length) & keep, other=0.0).to(ACC)  # (BLOCK,)
+        grad = _gradient(x, head + c, target, maximum, inverse, scale)
+        tl.store(grad_ptr + start + c, grad.to(grad_ptr.dtype.element_ty), mask=c < length)
 
 
-@triton.jit
-def _store_gradient(z_row, dz_row, lse, target, kept, scale, V, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    whole = V // BLOCK_V * BLOCK_V
-    for start in tl.range(0, whole, BLOCK_V):
-        _store_block(z_row, dz_row, start, lse, target, kept, scale, V, False, ACC, BLOCK_V)
-    if whole < V:
-        _store_block(z_row, dz_row, whole, lse, target, kept, scale, V, True, ACC, BLOCK_V)
-
-
-@triton.jit(do_not_specialize=["V", "ignore_index"])
+@triton.jit(do_not_specialize=["V", "stride_logits", "ignore_index"])
 def cross_entropy_kernel(
-    z_ptr,  # (R, V); where GRADIENT, its gradient takes its place
-    targets_ptr,  # (R,) int64
-    loss_ptr,  # (R,)
-    lse_ptr,  # (R,), natural log
-    stride_z,
+    logits_ptr,  # (R, V); with IN_PLACE it holds d logits, not yet divided by the number of rows, in the end
+    targets_ptr,  # (R,)
+    losses_ptr,  # (R,)
+    maxima_ptr,  # (R,), or None with IN_PLACE
+    totals_ptr,  # (R,), or None with IN_PLACE
     V,
+    stride_logits,
     ignore_index,
-    GRADIENT: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    VEC: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One program owns one row and adds its exponentials from token 0 up, BLOCK_V at a time."""
+    """One program owns one row: its edges, then BLOCK columns at a time, lane by lane, and at last one tl.sum."""
     row = tl.program_id(0).to(tl.int64)
-    z_row = z_ptr + row * stride_z
+    first = row * stride_logits
     target = tl.load(targets_ptr + row)
-    kept = target != ignore_index
-    inside = (target >= 0) & (target < V)
-    tl.device_assert(inside | (target == ignore_index), "cross_entropy: target outside the vocabulary")
-    m = tl.full([], -float("inf"), ACC)
-    l = tl.full([], 0.0, ACC)
-    whole = V // BLOCK_V * BLOCK_V
-    for start in tl.range(0, whole, BLOCK_V):
-        m, l = _add_block(m, l, z_row, start, V, False, ACC, BLOCK_V)
-    if whole < V:
-        m, l = _add_block(m, l, z_row, whole, V, True, ACC, BLOCK_V)
-    lse = m + tl.log2(l) * 0.6931471805599453
-    # A target that is no token reads nothing, and shows as a loss of NaN.
-    chosen = tl.load(z_row + target, mask=inside, other=float("nan")).to(ACC)
-    tl.store(loss_ptr + row, tl.where(kept, lse - chosen, 0.0))
-    tl.store(lse_ptr + row, lse)
-    if GRADIENT:
-        tl.debug_barrier()  # the chosen logit is read before it is overwritten
-        _store_gradient(z_row, z_row, lse, target, kept, 1.0, V, ACC, BLOCK_V)
+    keep = target != ignore_index
+    known = (target >= 0) & (target < V)
+    tl.device_assert(known | (keep == 0), "cross_entropy: a target lies outside the vocabulary")
+    chosen = tl.load(logits_ptr + first + target, mask=keep & known, other=float("nan")).to(ACC)
+
+    start, head, length = _aligned_part(first, V, VEC)
+    column, inside = _edge_columns(head, length, V, VEC)
+    edge = tl.load(logits_ptr + first + column, mask=inside & keep, other=-float("inf")).to(ACC)  # (2 VEC,)
+    maximum = tl.max(edge, 0)
+    reference = tl.where(maximum == -float("inf"), 0.0, maximum)  # -inf - -inf would be NaN
+    c = tl.arange(0, BLOCK)
+    sums = tl.where(c == 0, tl.sum(tl.exp2((edge - reference) * 1.4426950408889634), 0), 0.0)  # (BLOCK,)
+    for block in tl.range(0, tl.where(keep, length, 0), BLOCK):
+        x = tl.load(logits_ptr + start + (block + c), mask=block + c < length, other=-float("inf")).to(ACC)
+        larger = tl.maximum(maximum, tl.max(x, 0))
+        reference = tl.where(larger == -float("inf"), 0.0, larger)
+        sums = sums * tl.exp2((maximum - reference) * 1.4426950408889634) + tl.exp2(
+            (x - reference) * 1.4426950408889634
+        )
+        maximum = larger
+    total = tl.where(keep, tl.sum(sums, 0), 1.0)
+    maximum = tl.where(keep, maximum, 0.0)
+    tl.store(losses_ptr + row, tl.where(keep, tl.log(total) + (maximum - chosen), 0.0))
+    if IN_PLACE:  # the sum above has waited for every warp's loads, so none can meet what is written here
+        _write_gradient(
+            logits_ptr, logits_ptr, first, first, target, keep, maximum, total, 1.0, V, True, VEC, ACC, BLOCK
+        )
+    else:
+        tl.store(maxima_ptr + row, maximum)
+        tl.store(totals_ptr + row, total)
 
 
-@triton.jit(do_not_specialize=["V", "ignore_index"])
+@triton.jit(do_not_specialize=["V", "stride_logits", "ignore_index"])
 def cross_entropy_backward_kernel(
-    z_ptr,  # (R, V)
-    dz_ptr,  # (R, V), contiguous
-    targets_ptr,  # (R,) int64
-    lse_ptr,  # (R,)
-    scale_ptr,  # (1,): the incoming gradient over the number of rows that count
-    stride_z,
+    grad_ptr,  # (), of the mean
+    scale_ptr,  # (), 1 / rows
+    logits_ptr,  # (R, V)
+    targets_ptr,  # (R,)
+    maxima_ptr,  # (R,)
+    totals_ptr,  # (R,)
+    dlogits_ptr,  # (R, V), contiguous
     V,
+    stride_logits,
     ignore_index,
+    SAME_ALIGNMENT: tl.constexpr,
+    VEC: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One program owns one row of dz."""
+    """One program owns one row."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
-    kept = target != ignore_index
-    z_row = z_ptr + row * stride_z
-    lse, scale = tl.load(lse_ptr + row), tl.load(scale_ptr)
-    _store_gradient(z_row, dz_ptr + row * V, lse, target, kept, scale, V, ACC, BLOCK_V)
+    _write_gradient(
+        logits_ptr,
+        dlogits_ptr,
+        row * stride_logits,
+        row * V,
+        target,
+        target != ignore_index,
+        tl.load(maxima_ptr + row),
+        tl.load(totals_ptr + row),
+        tl.load(grad_ptr).to(ACC) * tl.load(scale_ptr),
+        V,
+        SAME_ALIGNMENT,
+        VEC,
+        ACC,
+        BLOCK,
+    )
 
 
-def _rows_triton(z: Tensor, targets: Tensor, ignore_index: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """(loss, lse), both (R,), of logits (R, V), which the gradient of the summed loss replaces where asked for."""
-    R, V = z.shape
-    loss = torch.empty(R, dtype=_statistics(z), device=z.device)
-    lse = torch.empty_like(loss)
+@triton.jit(do_not_specialize=["R", "ignore_index"])
+def mean_kernel(
+    losses_ptr,  # (R,)
+    targets_ptr,  # (R,)
+    mean_ptr,  # ()
+    scale_ptr,  # (), 1 / rows, or 0 where there is none
+    R,
+    ignore_index,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program adds all rows, BLOCK at a time, lane by lane and at last by one tl.sum."""
+    lane = tl.arange(0, BLOCK).to(tl.int64)
+    sums = tl.zeros([BLOCK], ACC)
+    counts = tl.zeros([BLOCK], tl.int64)
+    for start in tl.range(0, R, BLOCK):
+        row = start + lane
+        sums += tl.load(losses_ptr + row, mask=row < R, other=0.0)
+        target = tl.load(targets_ptr + row, mask=row < R, other=ignore_index)
+        counts += (target != ignore_index).to(tl.int64)
+    count = tl.sum(counts, 0)
+    divisor = tl.maximum(count, 1).to(ACC)
+    tl.store(mean_ptr, tl.where(count > 0, tl.sum(sums, 0) / divisor, float("nan")))  # NaN for no row, as torch
+    tl.store(scale_ptr, tl.where(count > 0, 1.0 / divisor, 0.0))
+
+
+def _options(logits: Tensor) -> dict[str, Any]:
+    block, warps = next(choice for vocabulary, choice in BLOCKS if logits.shape[-1] <= vocabulary)
+    return {"VEC": 16 // logits.element_size(), "ACC": accumulator(logits.dtype), "BLOCK": block, "num_warps": warps}
+
+
+def _mean(losses: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    mean, scale = losses.new_empty(()), losses.new_empty(())
+    launch(
+        mean_kernel,
+        (1,),
+        losses,
+        targets,
+        mean,
+        scale,
+        losses.shape[0],
+        ignore_index,
+        ACC=accumulator(losses.dtype),
+        BLOCK=BLOCK_MEAN,
+        num_warps=8,
+    )
+    return mean, scale
+
+
+def _check_targets(op: str, targets: Tensor, V: int, ignore_index: int) -> None:
+    """Where looking at them waits for no device; on a GPU the kernel asserts, in Triton's debug mode."""
+    if targets.device.type == "cpu":
+        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= V))]
+        if wrong.numel():
+            _check.fail(op, f"targets must lie in 0..{V - 1} or be ignore_index ({ignore_index})", int(wrong[0]))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _cross_entropy_triton(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, targets = _check.as_rows(logits), targets.reshape(-1).contiguous()
+    R, V = rows.shape
+    _check_targets("cross_entropy", targets, V, ignore_index)
+    losses, maxima, totals = (torch.empty(R, dtype=_wide(logits), device=logits.device) for _ in range(3))
     if R:
-        block, warps = next(tile for width, tile in TILES if V <= width)
         launch(
             cross_entropy_kernel,
             (R,),
-            z,
+            rows,
             targets,
-            loss,
-            lse,
-            z.stride(0),
+            losses,
+            maxima,
+            totals,
             V,
+            rows.stride(0),
             ignore_index,
-            GRADIENT=gradient,
-            ACC=accumulator(z.dtype),
-            BLOCK_V=block,
-            num_warps=warps,
+            IN_PLACE=False,
+            **_options(rows),
         )
-    return loss, lse
+    return *_mean(losses, targets, ignore_index), maxima, totals
 
 
-def _rows_cpu(z: Tensor, targets: Tensor, ignore_index: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    wide = reference.wide(z)
-    kept = targets != ignore_index
-    index = torch.where(kept, targets, 0)[:, None]
-    lse = torch.logsumexp(wide, dim=-1)
-    loss = torch.where(kept, lse - wide.gather(1, index).squeeze(1), 0.0)
-    if gradient:
-        z.copy_(_gradient_cpu(wide, index, lse, kept))
-    return loss, lse
-
-
-def _gradient_cpu(z: Tensor, index: Tensor, lse: Tensor, kept: Tensor) -> Tensor:
-    dz = torch.exp(z - lse[:, None])
-    dz.scatter_add_(1, index, torch.full_like(lse, -1.0)[:, None])
-    return dz.masked_fill_(~kept[:, None], 0.0)
-
-
-def _statistics(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
-
-
-def _mean(loss: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The mean over the rows that count, and 1 / their number; NaN and infinite where none does, as torch's."""
-    inverse = torch.reciprocal((targets != ignore_index).sum().to(loss.dtype))
-    return loss.sum() * inverse, inverse
-
-
-def _check_values(op: str, targets: Tensor, V: int, ignore_index: int) -> None:
-    """Read on the CPU path alone, where reading them costs no synchronisation."""
-    wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
-    if wrong.numel():
-        _check.fail(op, f"targets must lie in 0..{V - 1} or be {ignore_index}", int(wrong[0]))
-
-
-# --- of given logits ------------------------------------------------------------------------------------------------
-
-
-def _cross_entropy_triton(z: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    loss, lse = _rows_triton(z, targets, ignore_index, False)
-    mean, inverse = _mean(loss, targets, ignore_index)
-    return mean, inverse, lse
-
-
-def _cross_entropy_cpu(z: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_values("cross_entropy", targets, z.shape[1], ignore_index)
-    loss, lse = _rows_cpu(z, targets, ignore_index, False)
-    mean, inverse = _mean(loss, targets, ignore_index)
-    return mean, inverse, lse
-
-
-def _cross_entropy_fake(z: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    kind = _statistics(z)
-    return z.new_empty((), dtype=kind), z.new_empty((), dtype=kind), z.new_empty(z.shape[0], dtype=kind)
-
-
-def _backward_triton(scale: Tensor, z: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    R, V = z.shape
-    dz = torch.empty((R, V), dtype=z.dtype, device=z.device)
+def _cross_entropy_backward_triton(
+    grad: Tensor, logits: Tensor, targets: Tensor, maxima: Tensor, totals: Tensor, scale: Tensor, ignore_index: int
+) -> Tensor:
+    rows, targets = _check.as_rows(logits), targets.reshape(-1).contiguous()
+    R, V = rows.shape
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    options = _options(rows)
     if R:
-        block, warps = next(tile for width, tile in TILES if V <= width)
         launch(
             cross_entropy_backward_kernel,
             (R,),
-            z,
-            dz,
-            targets,
-            lse,
+            grad,
             scale,
-            z.stride(0),
+            rows,
+            targets,
+            maxima,
+            totals,
+            dlogits,
             V,
+            rows.stride(0),
             ignore_index,
-            ACC=accumulator(z.dtype),
-            BLOCK_V=block,
-            num_warps=warps,
+            SAME_ALIGNMENT=(rows.stride(0) - V) % options["VEC"] == 0,
+            **options,
         )
-    return dz
+    return dlogits
 
 
-def _backward_cpu(scale: Tensor, z: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    kept = targets != ignore_index
-    dz = _gradient_cpu(reference.wide(z), torch.where(kept, targets, 0)[:, None], lse, kept)
-    return torch.where(kept[:, None], dz * scale, 0.0).to(z.dtype)
+def _chunk_rows(R: int, row_bytes: int, alive_row_bytes: int) -> int:
+    """Rows of a chunk: R * row_bytes / ALIVE bytes hold it, where each of its rows takes alive_row_bytes."""
+    most = max(1, R * row_bytes // (ALIVE * alive_row_bytes))
+    chunks = max(1, -(-R // most))
+    even = max(1, -(-R // chunks))  # as many rows in each
+    return min(most, -(-even // TILE_ROWS) * TILE_ROWS)
 
 
-def _backward_fake(scale: Tensor, z: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    return z.new_empty(z.shape)
+def _add_product_(out: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
+    """out = beta out + a b, where out is float32 whatever a and b are.
+
+    cuBLAS rather than our `linear`, which exists to give a row the same bits in any batch: a mean over the batch has no
+    row to promise that of. Variants with `out` are also those that autocast leaves alone.
+    """
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.is_cuda and ADDS_IN_PLACE:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    elif out.is_cuda:
+        product = torch.mm(a, b, out_dtype=out.dtype)
+        out.copy_(product) if beta == 0 else out.add_(product)
+    else:  # in the interpreter: PyTorch has no such product on a CPU
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def _linear_cross_entropy_triton(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    V, C = weight.shape
+    _check_targets("linear_cross_entropy", targets, V, ignore_index)
+    rows, weight, targets = x.reshape(-1, C).contiguous(), weight.contiguous(), targets.reshape(-1).contiguous()
+    R = rows.shape[0]
+    padded = -(-V // ROW_MULTIPLE) * ROW_MULTIPLE
+    chunk = _chunk_rows(R, V, padded)
+    losses, dx, dweight = _outputs(rows, weight, need_dx, need_dweight)
+    buffer = rows.new_empty(min(chunk, R), padded)
+    for start in range(0, R, chunk):
+        part = slice(start, start + chunk)
+        logits = buffer[: rows[part].shape[0], :V]
+        torch.mm(rows[part], weight.T, out=logits)
+        launch(
+            cross_entropy_kernel,
+            (logits.shape[0],),
+            logits,
+            targets[part],
+            losses[part],
+            None,
+            None,
+            V,
+            padded,
+            ignore_index,
+            IN_PLACE=True,
+            **_options(logits),
+        )
+        if need_dx:
+            _add_product_(dx[part], logits, weight, beta=0)
+        if need_dweight:
+            _add_product_(dweight, logits.T, rows[part])
+    return *_mean(losses, targets, ignore_index), dx, dweight
+
+
+def _outputs(rows: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (R,), room for d x (R, C) and zeros for d weight (V, C); a gradient that nobody needs has no rows.
+
+    The gradients are those of the sum, and float32: neither 1 / rows nor a loss scale that has not come yet may push
+    float16 out of its range, and there is one rounding, in backward.
+    """
+    losses = rows.new_empty(rows.shape[0], dtype=_wide(rows))
+    dx = losses.new_empty(rows.shape[0] if need_dx else 0, rows.shape[1])
+    return losses, dx, losses.new_zeros(weight.shape[0] if need_dweight else 0, rows.shape[1])
+
+
+# --- PyTorch on a CPU -----------------------------------------------------------------------------------------------
+
+CHUNK_CPU = 1 << 20  # logits that cross_entropy takes at a time: float32 copies stay in the cache
+
+
+def _rows_cpu_(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, maxima and sums of a chunk (n, V) in float32, which holds exp(logits - maximum) in the end."""
+    keep = targets != ignore_index
+    chosen = logits.gather(1, targets.where(keep, 0)[:, None]).squeeze(1)
+    maxima = logits.amax(1)
+    totals = logits.sub_(maxima[:, None]).exp_().sum(1)
+    losses = (totals.log() + (maxima - chosen)).where(keep, 0.0)
+    return losses, maxima, totals
+
+
+def _gradient_cpu_(weights: Tensor, targets: Tensor, totals: Tensor, ignore_index: int) -> Tensor:
+    """exp(logits - maximum), (n, V) in float32, turned in place into the gradient of the sum of the losses."""
+    keep = targets != ignore_index
+    weights.div_(totals[:, None])
+    weights[torch.arange(weights.shape[0]), targets.where(keep, 0)] -= 1.0
+    return weights.masked_fill_(~keep[:, None], 0.0)
+
+
+def _mean_cpu(losses: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    count = (targets != ignore_index).sum().to(losses.dtype)
+    return losses.sum() / count, (1.0 / count).where(count > 0, 0.0)
+
+
+def _cross_entropy_cpu(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    V = logits.shape[-1]
+    _check_targets("cross_entropy", targets, V, ignore_index)
+    rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1)
+    losses, maxima, totals = (torch.empty(rows.shape[0], dtype=_wide(logits)) for _ in range(3))
+    step = max(1, CHUNK_CPU // V)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        copy = rows[part].to(_wide(logits), copy=True)
+        losses[part], maxima[part], totals[part] = _rows_cpu_(copy, targets[part], ignore_index)
+    return *_mean_cpu(losses, targets, ignore_index), maxima, totals
+
+
+def _cross_entropy_backward_cpu(
+    grad: Tensor, logits: Tensor, targets: Tensor, maxima: Tensor, totals: Tensor, scale: Tensor, ignore_index: int
+) -> Tensor:
+    V = logits.shape[-1]
+    rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1)
+    dlogits = torch.empty(rows.shape, dtype=logits.dtype)
+    step = max(1, CHUNK_CPU // V)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        weights = (rows[part].to(_wide(logits)) - maxima[part, None]).exp_()
+        dlogits[part] = _gradient_cpu_(weights, targets[part], totals[part], ignore_index).mul_(grad * scale)
+    return dlogits.view(logits.shape)
+
+
+def _linear_cross_entropy_cpu(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    V, C = weight.shape
+    _check_targets("linear_cross_entropy", targets, V, ignore_index)
+    rows, targets = x.reshape(targets.numel(), C), targets.reshape(-1)
+    R, wide = rows.shape[0], reference.wide(weight)
+    chunk = _chunk_rows(R, rows.element_size(), wide.element_size())
+    losses, dx, dweight = _outputs(rows, weight, need_dx, need_dweight)
+    buffer = losses.new_empty(min(chunk, R), V)
+    for start in range(0, R, chunk):
+        part = slice(start, start + chunk)
+        x_part = reference.wide(rows[part])
+        logits = torch.mm(x_part, wide.T, out=buffer[: x_part.shape[0]])
+        losses[part], _, totals = _rows_cpu_(logits, targets[part], ignore_index)
+        if need_dx or need_dweight:
+            _gradient_cpu_(logits, targets[part], totals, ignore_index)
+        if need_dx:
+            _add_product_(dx[part], logits, wide, beta=0)
+        if need_dweight:
+            _add_product_(dweight, logits.T, x_part)
+    return *_mean_cpu(losses, targets, ignore_index), dx, dweight
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+
+
+def _fake(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    one, row = (logits.new_empty(shape, dtype=_wide(logits)) for shape in ((), (targets.numel(),)))
+    return one, torch.empty_like(one), row, torch.empty_like(row)
+
+
+def _fake_backward(
+    grad: Tensor, logits: Tensor, targets: Tensor, maxima: Tensor, totals: Tensor, scale: Tensor, ignore_index: int
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    one = x.new_empty((), dtype=_wide(x))
+    dx = one.new_empty((targets.numel() if need_dx else 0, x.shape[-1]))
+    return one, torch.empty_like(one), dx, one.new_empty((weight.shape[0] if need_dweight else 0, x.shape[-1]))
 
 
 register(
-    "cross_entropy(Tensor logits, Tensor targets, int ignore_index) -> (Tensor, Tensor, Tensor)",
+    "cross_entropy(Tensor logits, Tensor targets, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)",
     triton_impl=_cross_entropy_triton,
     cpu_impl=_cross_entropy_cpu,
-    fake=_cross_entropy_fake,
+    fake=_fake,
 )
 register(
-    "cross_entropy_backward(Tensor scale, Tensor logits, Tensor targets, Tensor lse, int ignore_index) -> Tensor",
-    triton_impl=_backward_triton,
-    cpu_impl=_backward_cpu,
-    fake=_backward_fake,
+    "cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, Tensor maxima, Tensor totals, Tensor scale,"
+    " int ignore_index) -> Tensor",
+    triton_impl=_cross_entropy_backward_triton,
+    cpu_impl=_cross_entropy_backward_cpu,
+    fake=_fake_backward,
+)
+register(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_dx, bool need_dweight)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    triton_impl=_linear_cross_entropy_triton,
+    cpu_impl=_linear_cross_entropy_cpu,
+    fake=_fake_linear,
 )
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        loss, inverse, lse = torch.ops.gpt2_kernels.cross_entropy(z, targets, ignore_index)
-        ctx.save_for_backward(z, targets, inverse, lse)
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        loss, scale, maxima, totals = torch.ops.gpt2_kernels.cross_entropy(logits, targets, ignore_index)
+        ctx.save_for_backward(logits, targets, maxima, totals, scale)
         ctx.ignore_index = ignore_index
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, targets, inverse, lse = ctx.saved_tensors
-        dz = torch.ops.gpt2_kernels.cross_entropy_backward(grad * inverse, z, targets, lse, ctx.ignore_index)
-        return dz, None, None
-
-
-# --- fused with the product -----------------------------------------------------------------------------------------
-
-
-def _chunked(
-    rows_of: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grad_x: bool, grad_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, 1 / number of rows that count, dx, dweight): gradients of the summed loss, empty where not asked for.
-
-    The products go through PyTorch's: they fuse nothing, sum over rows or tokens, and promise nothing of a row alone.
-    dx is rounded to its dtype once here and once when it is scaled; dweight is float32 until then.
-    """
-    (R, C), V = x.shape, weight.shape[0]
-    step = max(1, R // CHUNKS)
-    space = torch.empty((min(step, R), -(-V // ROW_MULTIPLE) * ROW_MULTIPLE), dtype=x.dtype, device=x.device)
-    losses = torch.empty(R, dtype=_statistics(x), device=x.device)
-    dx = torch.empty((R if grad_x else 0, C), dtype=x.dtype, device=x.device)
-    dweight = torch.zeros((V if grad_weight else 0, C), dtype=losses.dtype, device=x.device)
-    for start in range(0, R, step):
-        chunk = slice(start, min(start + step, R))
-        z = space[: chunk.stop - start, :V]
-        torch.mm(x[chunk], weight.T, out=z)
-        losses[chunk], _ = rows_of(z, targets[chunk], ignore_index, grad_x or grad_weight)
-        if grad_x:
-            torch.mm(z, weight, out=dx[chunk])
-        if grad_weight:
-            dweight += _mm_wide(z.T, x[chunk])
-    return *_mean(losses, targets, ignore_index), dx, dweight
-
-
-def _mm_wide(a: Tensor, b: Tensor) -> Tensor:
-    """a b, not rounded to the dtype of its factors."""
-    if a.dtype in (torch.float16, torch.bfloat16) and a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return reference.wide(a) @ reference.wide(b)
-
-
-def _linear_triton(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grad_x: bool, grad_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _chunked(_rows_triton, x, weight, targets, ignore_index, grad_x, grad_weight)
-
-
-def _linear_cpu(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grad_x: bool, grad_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_values("linear_cross_entropy", targets, weight.shape[0], ignore_index)
-    return _chunked(_rows_cpu, x, weight, targets, ignore_index, grad_x, grad_weight)
-
-
-def _linear_fake(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grad_x: bool, grad_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kind = _statistics(x)
-    dx = x.new_empty((x.shape[0] if grad_x else 0, x.shape[1]))
-    dweight = x.new_empty((weight.shape[0] if grad_weight else 0, x.shape[1]), dtype=kind)
-    return x.new_empty((), dtype=kind), x.new_empty((), dtype=kind), dx, dweight
-
-
-register(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool grad_x, bool grad_weight)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    triton_impl=_linear_triton,
-    cpu_impl=_linear_cpu,
-    fake=_linear_fake,
-)
+        dlogits = torch.ops.gpt2_kernels.cross_entropy_backward(grad, *ctx.saved_tensors, ctx.ignore_index)
+        return dlogits, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grad_x: bool, grad_weight: bool
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
     ) -> Tensor:
-        loss, inverse, dx, dweight = torch.ops.gpt2_kernels.linear_cross_entropy(
-            x, weight, targets, ignore_index, grad_x, grad_weight
+        loss, scale, dx, dweight = torch.ops.gpt2_kernels.linear_cross_entropy(
+            x, weight, targets, ignore_index, need_dx, need_dweight
         )
-        ctx.save_for_backward(inverse, dx, dweight)
-        ctx.wanted = grad_x, grad_weight
-        ctx.dtype = x.dtype
+        ctx.save_for_backward(scale, dx, dweight)
+        ctx.need, ctx.shape, ctx.dtype = (need_dx, need_dweight), x.shape, x.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inverse, dx, dweight = ctx.saved_tensors
-        # 0 x infinity where no row counts: there the gradients are 0, as torch's
-        scale = grad * torch.where(torch.isinf(inverse), 0.0, inverse)
-        grad_x, grad_weight = ctx.wanted
-        scaled = (
-            (reference.wide(dx) * scale).to(ctx.dtype) if grad_x else None,
-            (dweight * scale).to(ctx.dtype) if grad_weight else None,
+        scale, dx, dweight = ctx.saved_tensors
+        factor = grad * scale  # stays on the device
+        need_dx, need_dweight = ctx.need
+        return (
+            (dx * factor).to(ctx.dtype).view(ctx.shape) if need_dx else None,
+            (dweight * factor).to(ctx.dtype) if need_dweight else None,
+            *(None,) * 4,
         )
-        return *scaled, None, None, None, None
 
 
-def _check_targets(op: str, targets: Tensor, like: Tensor, ignore_index: int) -> None:
-    _check.shape(op, "targets", targets, tuple(like.shape[:-1]), "(...)")
-    _check.index(op, "targets", targets, torch.int64, like)
-    if not -(2**31) <= ignore_index < 2**31:
-        _check.fail(op, "ignore_index must fit in 32 bits", ignore_index)
+def _check_arguments(op: str, tensor: Tensor, targets: Tensor, V: int, ignore_index: int) -> None:
+    if not 1 <= V <= MAX_VOCABULARY:
+        _check.fail(op, f"the vocabulary must have 1..{MAX_VOCABULARY} entries", V)
+    _check.index(op, "targets", targets, torch.int64, tensor)
+    _check.shape(op, "targets", targets, tuple(tensor.shape[:-1]), "the leading axes (...)")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool) or not -(2**63) <= ignore_index < 2**63:
+        _check.fail(op, "ignore_index must be an integer of 64 bits", repr(ignore_index))
 
 
 @autocast("float32")
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Mean of logsumexp(logits) - logits[target] in nats: logits (..., V), targets (...) int64 -> () float32.
+    """Mean of -log softmax(logits)[target]: logits (..., V), targets (...) int64 -> float32 scalar, in nats.
 
-    Rows whose target is ignore_index count for nothing; where none counts the loss is NaN and the gradient 0, as
-    torch's. Statistics and the loss are float32 in every dtype of logits. Differentiable in logits.
-    Raises ValueError on a shape, dtype or device that does not fit; a target outside the vocabulary is an error on the
-    CPU, and on a GPU NaN, or a device assertion under TRITON_DEBUG=1.
+    Rows whose target is ignore_index are left out of the mean and get a gradient of 0; where none is left the mean is
+    NaN, as torch's. float32 for every dtype of logits: a mean loss in bfloat16 would have three digits. The gradient
+    has the dtype of logits. Raises ValueError on a shape, dtype or device that does not fit and, for tensors on a CPU,
+    on a target outside 0..V-1; on a GPU such a target makes the loss and its row's gradient NaN, and Triton's debug
+    mode (TRITON_DEBUG=1) stops at it.
     """
-    op = "cross_entropy"
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        _check.fail(op, "logits must be (..., V) with V at least 1", tuple(logits.shape))
-    _check.same_kind(op, "logits", logits)
-    _check_targets(op, targets, logits, ignore_index)
-    rows, targets = _check.as_rows(logits), targets.reshape(-1).contiguous()
+    if logits.dim() < 1:
+        _check.fail("cross_entropy", "logits must be (..., V)", tuple(logits.shape))
+    _check.same_kind("cross_entropy", "logits", logits)
+    _check_arguments("cross_entropy", logits, targets, logits.shape[-1], ignore_index)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _CrossEntropy.apply(rows, targets, ignore_index)
-    return torch.ops.gpt2_kernels.cross_entropy(rows, targets, ignore_index)[0]
+        return _CrossEntropy.apply(logits, targets, ignore_index)
+    return torch.ops.gpt2_kernels.cross_entropy(logits, targets, ignore_index)[0]
 
 
 @autocast("lower")
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """cross_entropy(x weight^T, targets) without the logits: x (..., C), weight (V, C), targets (...) int64 -> ().
+    """cross_entropy(x weight^T, targets) without the logits: x (..., C), weight (V, C), targets (...) int64 -> scalar.
 
-    At most a sixteenth of the logits, or one row, exists at a time, in the dtype of x; gradients of x and weight are
-    made along with the loss where they are wanted, and are kept for the backward pass: x's, and weight's in float32.
-    The loss is float32; everything else as in `cross_entropy`. Differentiable in x and weight, once.
-    Raises ValueError on a shape, dtype or device that does not fit. Source: Hsu et al., 2024, arXiv:2410.10989.
+    At most 1/16 of the logits (or one row of them) is alive at a time, in the dtype of x; the loss is float32.
+    Gradients of x and weight, where they are wanted, are made in the forward pass, summed in float32 in a fixed order
+    and rounded once, in backward. Float32 products obey torch.backends.cuda.matmul as torch's own do. Ignored rows,
+    targets outside the vocabulary and errors: as in `cross_entropy`.
     """
-    op = "linear_cross_entropy"
-    _check.rank(op, "weight", weight, "(V, C)")
-    if 0 in weight.shape:
-        _check.fail(op, "weight must have at least one row and one column", tuple(weight.shape))
-    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        _check.fail(op, f"last axis of x must be C = {weight.shape[1]}", tuple(x.shape))
-    _check.same_kind(op, "x", x, weight=weight)
-    _check_targets(op, targets, x, ignore_index)
-    rows, targets = _check.as_rows(x), targets.reshape(-1).contiguous()
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        wanted = x.requires_grad, weight.requires_grad
-        return _LinearCrossEntropy.apply(*distinct(rows, weight, targets, ignore_index, *wanted))
-    return torch.ops.gpt2_kernels.linear_cross_entropy(rows, weight, targets, ignore_index, False, False)[0]
+    _check.rank("linear_cross_entropy", "weight", weight, "(V, C)")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1] or not x.shape[-1]:
+        _check.fail("linear_cross_entropy", f"last axis of x must be C = {weight.shape[1]}, at least 1", tuple(x.shape))
+    _check.same_kind("linear_cross_entropy", "x", x, weight=weight)
+    _check_arguments("linear_cross_entropy", x, targets, weight.shape[0], ignore_index)
+    need_dx, need_dweight = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
+    if need_dx or need_dweight:
+        return _LinearCrossEntropy.apply(*distinct(x, weight, targets, ignore_index, need_dx, need_dweight))
+    return torch.ops.gpt2_kernels.linear_cross_entropy(x, weight, targets, ignore_index, False, False)[0]

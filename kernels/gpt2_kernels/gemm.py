@@ -30,8 +30,8 @@ from gpt2_kernels._runtime import OPS, accumulator, autocast, distinct, launch, 
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
-# (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Compiled for
-# sm_80, sm_90 and sm_100 without spills (tests/test_offline.py); not yet timed on a GPU.
+# (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Nothing
+# spills in any case of benchmarks.compile_report, rows that start at odd addresses may; not yet timed on a GPU.
 TILES = {
     (100, 2): (128, 64, 64, 8, 3),
     (0, 2): (128, 128, 64, 8, 3),
@@ -232,6 +232,7 @@ def _linear_triton(
     keep: bool,
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
+    keep = keep and bool(activation)
     rows, N = _check.as_rows(x), weight.shape[0]
     other = None if residual is None else _check.as_rows(residual)
     if not batch_invariant and _torch_is_faster(x, bool(activation) or residual is not None):
@@ -283,7 +284,7 @@ def _linear_cpu(
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     y = _product_cpu(x.reshape(-1, x.shape[-1]), weight, bias, batch_invariant)
-    pre = y.clone() if keep else y.new_empty((0, y.shape[1]))
+    pre = y.clone() if keep and activation else y.new_empty((0, y.shape[1]))
     if activation:
         y = _gelu_cpu(y, activation)
     y = y.view(*x.shape[:-1], weight.shape[0])
@@ -329,7 +330,7 @@ def _fake(
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
-    return x.new_empty((*x.shape[:-1], N)), x.new_empty((x.numel() // K if keep else 0, N))
+    return x.new_empty((*x.shape[:-1], N)), x.new_empty((x.numel() // K if keep and activation else 0, N))
 
 
 def _fake_backward(grad: Tensor, weight: Tensor, pre: Tensor | None, activation: str, batch_invariant: bool) -> Tensor:

@@ -31,7 +31,9 @@ def _positive(module: str, **sizes: int) -> None:
 def _added_apart(x: Tensor, residual: Tensor) -> bool:
     """Whether the residual is kept out of the product: one in float32 would be rounded to the dtype of autocast."""
     device = x.device.type
-    return torch.is_autocast_enabled(device) and residual.dtype != torch.get_autocast_dtype(device)
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
+        return False
+    return residual.dtype != torch.get_autocast_dtype(device)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -91,7 +93,7 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None and _added_apart(x, residual):
-            return self(x) + residual
+            return self.forward(x) + residual
         w1, w2, invariant = self.c_fc, self.c_proj, self.batch_invariant
         if w1.bias is None:
             activation = "gelu_tanh" if self.approximate == "tanh" else "gelu"
@@ -148,7 +150,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         _check.rank("CausalSelfAttention", "x", x, "(B, T, width)")
         if residual is not None and _added_apart(x, residual):
-            return self(x) + residual
+            return self.forward(x) + residual
         H, Hkv = self.heads, self.kv_heads
         into, back, invariant = self.c_attn, self.c_proj, self.batch_invariant
         qkv = linear(x, into.weight, into.bias, batch_invariant=invariant).unflatten(-1, (H + 2 * Hkv, -1))

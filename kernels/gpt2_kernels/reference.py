@@ -49,7 +49,7 @@ def dropout_keep(seed: Tensor, B: int, H: int, Tq: int, Tk: int, dropout_p: floa
     """
     heads, i, quad = (torch.arange(n, device=seed.device) for n in (B * H, Tq, -(-Tk // 4)))
     words = torch.stack(torch.broadcast_tensors(*philox(seed, quad, i[:, None], heads[:, None, None])), dim=-1)
-    return (words.view(B, H, Tq, -1)[..., :Tk] >> 8) >= int(dropout_p * 2**24)
+    return (words.flatten(-2).view(B, H, Tq, 4 * len(quad))[..., :Tk] >> 8) >= int(dropout_p * 2**24)
 
 
 def attention(
