@@ -36,7 +36,7 @@ TILE_ROWS = 128  # chunks hold a multiple of a GEMM's row tile where that costs 
 
 # vocabulary up to -> (BLOCK, warps). Compiled without spills for sm_80, sm_90 and sm_100; not yet timed on a GPU.
 BLOCKS = ((1024, (1024, 4)), (MAX_VOCABULARY, (4096, 8)))
-# torch 2.11's product with a float32 result is not known to add to a float32 matrix: there the sum is a pass of its own.
+# torch 2.11's product with a float32 result is not known to add to a float32 matrix: there the sum is a pass apart.
 ADDS_IN_PLACE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 12)
 BLOCK_MEAN = 1024  # rows that the one program of mean_kernel adds at a time
 
