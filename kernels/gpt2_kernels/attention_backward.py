@@ -497,7 +497,7 @@ def _backward_triton(
         "DROPOUT": seed is not None,
         "PRECISION": "tf32" if q.element_size() == 2 else "ieee",
         "ACC": accumulator(q.dtype),
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_D": max(16, _check.power_of_2(D)),
     }
     width = D if seed is None else min(2 * D, 256)  # random numbers take the registers of a head twice as wide
     threshold, keep_scale = int(dropout_p * 2**24), 1.0 / (1.0 - dropout_p)
@@ -505,7 +505,7 @@ def _backward_triton(
         block_m, block_n, warps, stages = _check.tile_for(DQ_TILES, q, width)
         launch(
             attention_dq_kernel,
-            (triton.cdiv(max_seqlen_q, block_m) * B * H,),
+            (_check.cdiv(max_seqlen_q, block_m) * B * H,),
             q,
             k,
             v,
@@ -543,7 +543,7 @@ def _backward_triton(
         block_m, block_n, warps, stages = _check.tile_for(DKDV_TILES, q, width)
         launch(
             attention_dkdv_kernel,
-            (triton.cdiv(max_seqlen_k, block_n) * B * Hkv,),
+            (_check.cdiv(max_seqlen_k, block_n) * B * Hkv,),
             q,
             k,
             v,

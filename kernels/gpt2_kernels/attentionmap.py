@@ -130,7 +130,7 @@ def _launch(
         block_m, block_n, warps = _check.tile_for(TILES, q)
         launch(
             attention_map_kernel,
-            (triton.cdiv(Tk, block_n) * triton.cdiv(R, block_m) * heads.shape[0] * B,),
+            (_check.cdiv(Tk, block_n) * _check.cdiv(R, block_m) * heads.shape[0] * B,),
             q,
             k,
             lse,
@@ -153,7 +153,7 @@ def _launch(
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
+            BLOCK_D=max(16, _check.power_of_2(D)),
             num_warps=warps,
         )
     return p

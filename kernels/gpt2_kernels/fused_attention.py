@@ -260,7 +260,7 @@ def _attention_triton(
         block_m, block_n, warps, stages = _check.tile_for(TILES, q, width)
         launch(
             attention_kernel,
-            (triton.cdiv(max_seqlen_q, block_m) * B * H,),
+            (_check.cdiv(max_seqlen_q, block_m) * B * H,),
             q,
             k,
             v,
@@ -290,7 +290,7 @@ def _attention_triton(
             ACC=accumulator(q.dtype),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
+            BLOCK_D=max(16, _check.power_of_2(D)),
             STAGES=stages,
             num_warps=warps,
             num_stages=stages,

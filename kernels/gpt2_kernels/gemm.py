@@ -180,7 +180,7 @@ def _product(
         return y
     arch, size = _runtime.architecture(x.device), x.element_size()
     block_m, block_n, block_k, warps, stages = next(t for (a, b), t in TILES.items() if arch >= a and size == b)
-    programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    programs = _check.cdiv(M, block_m) * _check.cdiv(N, block_n)
     if arch >= PERSISTENT_FROM:
         programs = min(programs, PROGRAMS_PER_SM * _runtime.multiprocessors(x.device))
     even_k = K % block_k == 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, _native, _runtime, reference
-from gpt2_kernels._runtime import register, tl, triton
+from gpt2_kernels._runtime import launch, register, tl, triton
 
 
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots_ptr"])
@@ -58,7 +58,9 @@ def _append_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots
     N, H, D = k.shape
     k, v = _check.unit_last_stride(k), _check.unit_last_stride(v)
     if N:
-        append_kv_kernel[(N,)](
+        launch(
+            append_kv_kernel,
+            (N,),
             k,
             v,
             k_cache,
@@ -72,8 +74,8 @@ def _append_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots
             k_cache.shape[0] * k_cache.shape[1],
             H=H,
             D=D,
-            BLOCK_H=triton.next_power_of_2(H),
-            BLOCK_D=triton.next_power_of_2(D),
+            BLOCK_H=_check.power_of_2(H),
+            BLOCK_D=_check.power_of_2(D),
             num_warps=4,
         )
 

@@ -184,10 +184,6 @@ def sum_partials_kernel(
             tl.store(second_ptr + c, total.to(second_ptr.dtype.element_ty), mask=c < C)
 
 
-def _block(C: int) -> int:
-    return 1 << (C - 1).bit_length()  # triton.next_power_of_2, which costs the host ten times as much
-
-
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """A tensor that holds the rows of x with a dense last axis, whatever its rank, and how far they lie apart."""
     if x.is_contiguous():  # nearly always, and then not even a view is needed
@@ -229,7 +225,7 @@ def _launch(
             stride_residual,
             eps,
             C=C,
-            BLOCK_C=_block(C),
+            BLOCK_C=_check.power_of_2(C),
             ACC=accumulator(x.dtype),
             num_warps=_forward_warps(C),
         )
@@ -278,12 +274,12 @@ def _backward_triton(
             partial = _partial(wanted, programs, x, statistics)
             if R and (want_dx or wanted):
                 _launch_backward(
-                    tensors, dx, partial, want_dweight, want_dbias, (programs, 1), _block(C), warps, stages
+                    tensors, dx, partial, want_dweight, want_dbias, (programs, 1), _check.power_of_2(C), warps, stages
                 )
             break
     else:
         if R and want_dx:
-            _launch_backward(tensors, dx, None, False, False, (R, 1), _block(C), WIDE_WARPS, 1)
+            _launch_backward(tensors, dx, None, False, False, (R, 1), _check.power_of_2(C), WIDE_WARPS, 1)
         programs = min(-(-R // ROWS_PER_PROGRAM), WIDE_PROGRAMS)
         partial = _partial(wanted, programs, x, statistics)
         if R and wanted:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, _native, _runtime, reference
-from gpt2_kernels._runtime import register, tl, triton
+from gpt2_kernels._runtime import launch, register, tl, triton
 
 LOG2_E = 1.4426950408889634
 
@@ -157,7 +157,9 @@ def _launch(
             _launch(q, k_cache, v_cache, *indices, max_seqlen_q, scale, window, out)
         return
     block_m, block_n, warps, stages = _check.tile_for(DECODE if max_seqlen_q == 1 else PREFILL, q)
-    paged_attention_kernel[(H, S, triton.cdiv(max_seqlen_q, block_m))](
+    launch(
+        paged_attention_kernel,
+        (H, S, _check.cdiv(max_seqlen_q, block_m)),
         q,
         k_cache,
         v_cache,
@@ -180,7 +182,7 @@ def _launch(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_D=max(16, _check.power_of_2(D)),
         STAGES=stages,
         num_warps=warps,
         num_stages=stages,

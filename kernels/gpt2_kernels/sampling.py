@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import register, tl, triton
+from gpt2_kernels._runtime import launch, register, tl, triton
 from gpt2_kernels._thresholds import find_border, key_of, load_tile, reaching, scores_of, tile_places, value_of
 
 MAX_PASSES = 32  # so many likeliest tokens are found by a pass over the row for each; more of them by a stable sort
@@ -247,9 +247,11 @@ def _sample_triton(
     seen = None if history is None else _check.unit_last_stride(history).view(torch.uint8)
     log_totals = torch.empty_like(logprobs)
     passes = top_logprobs if top_logprobs <= MAX_PASSES else 0
-    lanes = min(LANES, max(32, triton.next_power_of_2(V)))
-    rows = min(ROWS, triton.next_power_of_2(triton.cdiv(V, lanes)))
-    sample_kernel[(S,)](
+    lanes = min(LANES, max(32, _check.power_of_2(V)))
+    rows = min(ROWS, _check.power_of_2(_check.cdiv(V, lanes)))
+    launch(
+        sample_kernel,
+        (S,),
         logits,
         seen,
         None if repetition_penalty is None else repetition_penalty.contiguous(),
@@ -270,7 +272,7 @@ def _sample_triton(
         passes,
         ROWS=rows,
         LANES=lanes,
-        TILES=triton.next_power_of_2(triton.cdiv(V, rows * lanes)),
+        TILES=_check.power_of_2(_check.cdiv(V, rows * lanes)),
         SHIFT=0 if history is not None else UNUSED_BITS[logits.dtype],  # penalised scores use every bit
         HAS_HISTORY=history is not None,
         num_warps=lanes // 32,
