@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._dropout import dropout_keep
+from gpt2_kernels._attention import dropout_keep, key_range
 from gpt2_kernels._runtime import accumulator, launch, register, tl, triton
 
 # (compute capability from, element size, head dimension up to) -> (BLOCK_M queries, BLOCK_N keys, warps, stages).
@@ -217,23 +217,11 @@ def attention_dq_kernel(
     else:
         seed = 0
 
-    # The same three ranges of keys as in the forward kernel.
     past = Tk - Tq
     i = t + past
-    low = tile * BLOCK_M + past
-    high = low + BLOCK_M - 1
-    begin = 0
-    end = Tk
-    full_begin = 0
-    full_end = Tk // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.minimum(end, tl.maximum(high + 1, 0))
-        full_end = tl.minimum(full_end, tl.maximum(low + 1, 0) // BLOCK_N * BLOCK_N)
+    low = tile * BLOCK_M + past  # position of the first query
+    begin, full_begin, full_end, end = key_range(low, low + BLOCK_M - 1, Tk, window, CAUSAL, WINDOW, BLOCK_N)
     if WINDOW:
-        begin = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(high - window + 1, 0), BLOCK_N) * BLOCK_N
-        full_end = tl.maximum(full_end, begin)
-        full_begin = tl.minimum(full_begin, full_end)
         dq = _dq_blocks(
             q, do, lse2, delta, dq, k_tile, v_tile, stride_kt, stride_vt, begin, full_begin, i, past, Tk, window,
             scale_log2, seed, head, threshold, keep_scale, d_inside,

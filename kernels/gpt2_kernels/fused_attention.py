@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._dropout import dropout_keep
+from gpt2_kernels._attention import dropout_keep, key_range
 from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, tl, triton
 
 LOG2_E = 1.4426950408889634
@@ -193,23 +193,11 @@ def attention_kernel(
     else:
         seed = 0
 
-    # Keys [begin, end) concern this tile, and of them [full_begin, full_end) every row sees every one: no mask there.
     past = Tk - Tq
     i = t + past
     low = tile * BLOCK_M + past  # position of the first query
-    high = low + BLOCK_M - 1  # and of the last
-    begin = 0
-    end = Tk
-    full_begin = 0
-    full_end = Tk // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.minimum(end, tl.maximum(high + 1, 0))
-        full_end = tl.minimum(full_end, tl.maximum(low + 1, 0) // BLOCK_N * BLOCK_N)
+    begin, full_begin, full_end, end = key_range(low, low + BLOCK_M - 1, Tk, window, CAUSAL, WINDOW, BLOCK_N)
     if WINDOW:
-        begin = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(high - window + 1, 0), BLOCK_N) * BLOCK_N
-        full_end = tl.maximum(full_end, begin)
-        full_begin = tl.minimum(full_begin, full_end)
         m, l, acc = _attend_blocks(
             q, m, l, acc, k_tile, v_tile, stride_kt, stride_vt, begin, full_begin, i, past, Tk, window, scale_log2,
             seed, head, threshold, d_inside,

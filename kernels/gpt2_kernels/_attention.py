@@ -1,11 +1,32 @@
-"""The random numbers of dropout, inside kernels.
+"""What the forward and the backward kernels of attention share: which keys a tile of queries sees, and dropout.
 
 A pair (query i, key j) of a head is kept or dropped by (seed, head, i, j) alone, through a counter-based generator:
 any tile of the mask can be made anew, so backward stores none, and compile, recompute and graph capture agree.
-Specification: gpt2_kernels.reference.dropout_keep.
+Specification: gpt2_kernels.reference.visible, dropout_keep.
 """
 
 from gpt2_kernels._runtime import tl, triton
+
+
+@triton.jit
+def key_range(low, high, Tk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For queries at positions low..high among Tk keys: (begin, full_begin, full_end, end).
+
+    Keys [begin, end) concern them, and of those [full_begin, full_end), whole blocks, every query sees every one: no
+    mask there. All but end are multiples of BLOCK_N.
+    """
+    begin = 0
+    full_begin = 0
+    full_end = Tk // BLOCK_N * BLOCK_N
+    end = Tk
+    if CAUSAL:
+        end = tl.minimum(end, tl.maximum(high + 1, 0))
+        full_end = tl.minimum(full_end, tl.maximum(low + 1, 0) // BLOCK_N * BLOCK_N)
+    if WINDOW:
+        begin = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
+        full_end = tl.maximum(full_end, begin)
+        full_begin = tl.minimum(tl.cdiv(tl.maximum(high - window + 1, 0), BLOCK_N) * BLOCK_N, full_end)
+    return begin, full_begin, full_end, end
 
 
 @triton.jit
