@@ -137,7 +137,7 @@ def _attention(run: Run, B: int, T: int, H: int, D: int) -> Iterator[Row]:
 def backward_alone(forward: Row, both: Row, rival: str, least: float) -> Row:
     """A captured graph holds forward and backward: backward by itself, with its gate, is the difference."""
     times = [{name: t["median"] for name, t in row["microseconds"].items()} for row in (forward, both)]
-    backward = {name: times[1][name] - times[0][name] for name in times[1]}
+    backward = {name: times[1][name] - times[0][name] for name in times[1] if name in times[0]}
     both["backward_microseconds"] = backward
     held = backward[rival] / backward["ours"] >= least if rival in backward else None
     both["gates"][f"backward: {rival} x {least}"] = held

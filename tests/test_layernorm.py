@@ -359,3 +359,17 @@ def test_bad_input(path: torch.device) -> None:
             ops.layer_norm(*arguments)
     with pytest.raises(ValueError, match=r"add_layer_norm: residual must be the shape of x"):
         ops.add_layer_norm(x, x[:3], weight, bias)
+
+
+def test_compile_with_one_tensor_for_several(path: torch.device) -> None:
+    """Dynamo refuses an autograd.Function that is given one tensor twice."""
+    x, weight, _ = (t.requires_grad_() for t in inputs(path, torch.float32, 4, 32))
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return (ops.add_layer_norm(x, x, weight, weight)[0] * ops.layer_norm(x, weight, weight)).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(function(x, weight), (x, weight))
+    for a, b in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

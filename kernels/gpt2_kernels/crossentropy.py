@@ -404,7 +404,7 @@ def _cross_entropy_cpu(logits: Tensor, targets: Tensor, ignore_index: int) -> tu
     V = logits.shape[-1]
     _check_targets("cross_entropy", targets, V, ignore_index)
     rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1)
-    losses, maxima, totals = (torch.empty(rows.shape[0], dtype=_wide(logits)) for _ in range(3))
+    losses, maxima, totals = (rows.new_empty(rows.shape[0], dtype=_wide(logits)) for _ in range(3))
     step = max(1, CHUNK_CPU // V)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
@@ -418,7 +418,7 @@ def _cross_entropy_backward_cpu(
 ) -> Tensor:
     V = logits.shape[-1]
     rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1)
-    dlogits = torch.empty(rows.shape, dtype=logits.dtype)
+    dlogits = rows.new_empty(rows.shape)
     step = max(1, CHUNK_CPU // V)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import accumulator, autocast, launch, register, tl, triton
+from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, tl, triton
 
 MAX_WIDTH = 16384  # one row lies in the registers of one program
 
@@ -514,7 +514,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _LayerNorm.apply(x, weight, bias, eps)
+        return _LayerNorm.apply(*distinct(x, weight, bias, eps))
     return _layer_norm_op(x, weight, bias, eps, False)[0]
 
 
@@ -534,6 +534,6 @@ def add_layer_norm(
     bias = None if bias is None else bias.contiguous()
     inputs = (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+        return _AddLayerNorm.apply(*distinct(x, residual, weight, bias, eps))
     y, total, _ = _add_layer_norm_op(x, residual, weight, bias, eps, False)
     return y, total
