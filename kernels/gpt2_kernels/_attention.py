@@ -5,7 +5,15 @@ any tile of the mask can be made anew, so backward stores none, and compile, rec
 Specification: gpt2_kernels.reference.visible, dropout_keep.
 """
 
-from gpt2_kernels._runtime import tl, triton
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gpt2_kernels import _check
+from gpt2_kernels._runtime import accumulator, tl, triton
 
 
 @triton.jit
@@ -47,3 +55,24 @@ def dropout_keep(seed, head, i, first_key, threshold, BLOCK_N: tl.constexpr):
 def _above(word, threshold):
     """24 of the 32 bits are compared; a byte for each answer keeps the exchange between threads small."""
     return ((word >> 8).to(tl.int32) >= threshold).to(tl.int8)
+
+
+def tile(table: Mapping[tuple[int, int, int], _check.Tile], q: Tensor, seed: Tensor | None) -> _check.Tile:
+    """The row of a launch table for q (B, T, H, D); random numbers take the registers of a head twice as wide."""
+    D = q.shape[-1]
+    return _check.tile_for(table, q, D if seed is None else min(2 * D, 256))
+
+
+def variant(q: Tensor, packed: bool, causal: bool, window: int, seed: Tensor | None) -> dict[str, Any]:
+    """The constexprs that every kernel of attention has, apart from its tile."""
+    D = q.shape[-1]
+    return {
+        "D": D,
+        "PACKED": packed,
+        "CAUSAL": causal,
+        "WINDOW": window > 0,
+        "DROPOUT": seed is not None,
+        "PRECISION": "tf32" if q.element_size() == 2 else "ieee",
+        "ACC": accumulator(q.dtype),
+        "BLOCK_D": max(16, _check.power_of_2(D)),
+    }

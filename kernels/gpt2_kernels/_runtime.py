@@ -69,6 +69,11 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which those are stored: `accumulator` as torch names it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability (80, 90, 100 ...) of the GPU whose launch table serves tensors of `device`.
 
@@ -284,17 +289,19 @@ def register(
                 )
         return triton_impl(*args)
 
+    implementation = triton_impl if HAS_TRITON else cpu_impl
+
     def on_cuda(*args: Any) -> Any:
         if torch.is_grad_enabled():
             _refuse_gradient(name, args)
         # Triton launches on the current device, which need not be that of the tensors; the first argument is one.
         device = args[0].device
         if device.index == torch.cuda.current_device() and not torch.is_autocast_enabled("cuda"):
-            return triton_impl(*args)
+            return implementation(*args)
         with torch.cuda.device(device), torch.autocast("cuda", enabled=False):  # as on a CPU
-            return triton_impl(*args)
+            return implementation(*args)
 
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, on_cuda if HAS_TRITON else cpu_impl, "CUDA")
+    library.impl(name, on_cuda, "CUDA")
     library.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"gpt2_kernels::{name}", fake, lib=library)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._attention import dropout_keep, key_range
-from gpt2_kernels._runtime import accumulator, launch, register, tl, triton
+from gpt2_kernels._attention import dropout_keep, key_range, tile, variant
+from gpt2_kernels._runtime import launch, register, tl, triton
 
 # (compute capability from, element size, head dimension up to) -> (BLOCK_M queries, BLOCK_N keys, warps, stages).
 # Nothing spills in any case of benchmarks.compile_report; not yet timed on a GPU.
@@ -467,30 +467,19 @@ def _backward_triton(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    H, D = q.shape[2:]
-    Hkv = k.shape[2]
+    H, Hkv = q.shape[2], k.shape[2]
     packed = cu_seqlens_q is not None
     B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     grad, q, k, v, out = (_check.unit_last_stride(t) for t in (grad, q, k, v, out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    # No program owns a row behind the last sequence, nor a row of a tensor with nothing on the other side.
+    # No program owns a row behind the last sequence: it stays 0.
     empty = torch.zeros if packed else torch.empty
     dq, dk, dv = (empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, k))
     delta = torch.empty_like(lse)
-    options: dict[str, Any] = {
-        "D": D,
-        "PACKED": packed,
-        "CAUSAL": causal,
-        "WINDOW": window > 0,
-        "DROPOUT": seed is not None,
-        "PRECISION": "tf32" if q.element_size() == 2 else "ieee",
-        "ACC": accumulator(q.dtype),
-        "BLOCK_D": max(16, _check.power_of_2(D)),
-    }
-    width = D if seed is None else min(2 * D, 256)  # random numbers take the registers of a head twice as wide
+    options = variant(q, packed, causal, window, seed)
     threshold, keep_scale = int(dropout_p * 2**24), 1.0 / (1.0 - dropout_p)
     if dq.numel() and B and max_seqlen_q:
-        block_m, block_n, warps, stages = _check.tile_for(DQ_TILES, q, width)
+        block_m, block_n, warps, stages = tile(DQ_TILES, q, seed)
         launch(
             attention_dq_kernel,
             (_check.cdiv(max_seqlen_q, block_m) * B * H,),
@@ -528,7 +517,7 @@ def _backward_triton(
             **options,
         )
     if dk.numel() and B and max_seqlen_k:
-        block_m, block_n, warps, stages = _check.tile_for(DKDV_TILES, q, width)
+        block_m, block_n, warps, stages = tile(DKDV_TILES, q, seed)
         launch(
             attention_dkdv_kernel,
             (_check.cdiv(max_seqlen_k, block_n) * B * Hkv,),

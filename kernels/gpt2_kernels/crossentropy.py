@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, tl, triton
+from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
 
 MAX_VOCABULARY = 2**30  # columns are counted in int32
 ALIVE = 16  # linear_cross_entropy holds 1 / ALIVE of the logits
@@ -246,15 +246,11 @@ def _check_targets(op: str, targets: Tensor, V: int, ignore_index: int) -> None:
             _check.fail(op, f"targets must lie in 0..{V - 1} or be ignore_index ({ignore_index})", int(wrong[0]))
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _cross_entropy_triton(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, targets = _check.as_rows(logits), targets.reshape(-1).contiguous()
     R, V = rows.shape
     _check_targets("cross_entropy", targets, V, ignore_index)
-    losses, maxima, totals = (torch.empty(R, dtype=_wide(logits), device=logits.device) for _ in range(3))
+    losses, maxima, totals = (rows.new_empty(R, dtype=statistics_dtype(rows.dtype)) for _ in range(3))
     if R:
         launch(
             cross_entropy_kernel,
@@ -367,7 +363,7 @@ def _outputs(rows: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) ->
     The gradients are those of the sum, and float32: neither 1 / rows nor a loss scale that has not come yet may push
     float16 out of its range, and there is one rounding, in backward.
     """
-    losses = rows.new_empty(rows.shape[0], dtype=_wide(rows))
+    losses = rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows.dtype))
     dx = losses.new_empty(rows.shape[0] if need_dx else 0, rows.shape[1])
     return losses, dx, losses.new_zeros(weight.shape[0] if need_dweight else 0, rows.shape[1])
 
@@ -404,11 +400,11 @@ def _cross_entropy_cpu(logits: Tensor, targets: Tensor, ignore_index: int) -> tu
     V = logits.shape[-1]
     _check_targets("cross_entropy", targets, V, ignore_index)
     rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1)
-    losses, maxima, totals = (rows.new_empty(rows.shape[0], dtype=_wide(logits)) for _ in range(3))
+    losses, maxima, totals = (rows.new_empty(rows.shape[0], dtype=statistics_dtype(logits.dtype)) for _ in range(3))
     step = max(1, CHUNK_CPU // V)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
-        copy = rows[part].to(_wide(logits), copy=True)
+        copy = rows[part].to(statistics_dtype(logits.dtype), copy=True)
         losses[part], maxima[part], totals[part] = _rows_cpu_(copy, targets[part], ignore_index)
     return *_mean_cpu(losses, targets, ignore_index), maxima, totals
 
@@ -422,7 +418,7 @@ def _cross_entropy_backward_cpu(
     step = max(1, CHUNK_CPU // V)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
-        weights = (rows[part].to(_wide(logits)) - maxima[part, None]).exp_()
+        weights = (rows[part].to(statistics_dtype(logits.dtype)) - maxima[part, None]).exp_()
         dlogits[part] = _gradient_cpu_(weights, targets[part], totals[part], ignore_index).mul_(grad * scale)
     return dlogits.view(logits.shape)
 
@@ -455,7 +451,7 @@ def _linear_cross_entropy_cpu(
 
 
 def _fake(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    one, row = (logits.new_empty(shape, dtype=_wide(logits)) for shape in ((), (targets.numel(),)))
+    one, row = (logits.new_empty(shape, dtype=statistics_dtype(logits.dtype)) for shape in ((), (targets.numel(),)))
     return one, torch.empty_like(one), row, torch.empty_like(row)
 
 
@@ -468,7 +464,7 @@ def _fake_backward(
 def _fake_linear(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    one = x.new_empty((), dtype=_wide(x))
+    one = x.new_empty((), dtype=statistics_dtype(x.dtype))
     dx = one.new_empty((targets.numel() if need_dx else 0, x.shape[-1]))
     return one, torch.empty_like(one), dx, one.new_empty((weight.shape[0] if need_dweight else 0, x.shape[-1]))
 

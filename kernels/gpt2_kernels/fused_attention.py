@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._attention import dropout_keep, key_range
-from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, tl, triton
+from gpt2_kernels._attention import dropout_keep, key_range, tile, variant
+from gpt2_kernels._runtime import autocast, distinct, launch, register, statistics_dtype, tl, triton
 
 LOG2_E = 1.4426950408889634
 
@@ -236,7 +236,7 @@ def _attention_triton(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    H, D = q.shape[2:]
+    H = q.shape[2]
     packed = cu_seqlens_q is not None
     B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     q, k, v = (_check.unit_last_stride(t) for t in (q, k, v))
@@ -244,8 +244,7 @@ def _attention_triton(
     out = (torch.zeros if packed else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     lse = _lse_like(q)
     if out.numel() and B and max_seqlen_q:
-        width = D if seed is None else min(2 * D, 256)  # random numbers take the registers of a head twice as wide
-        block_m, block_n, warps, stages = _check.tile_for(TILES, q, width)
+        block_m, block_n, warps, stages = tile(TILES, q, seed)
         launch(
             attention_kernel,
             (_check.cdiv(max_seqlen_q, block_m) * B * H,),
@@ -269,19 +268,12 @@ def _attention_triton(
             scale * LOG2_E,
             int(dropout_p * 2**24),
             1.0 / (1.0 - dropout_p),
-            D=D,
-            PACKED=packed,
-            CAUSAL=causal,
-            WINDOW=window > 0,
-            DROPOUT=seed is not None,
-            PRECISION="tf32" if q.element_size() == 2 else "ieee",
-            ACC=accumulator(q.dtype),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            BLOCK_D=max(16, _check.power_of_2(D)),
             STAGES=stages,
             num_warps=warps,
             num_stages=stages,
+            **variant(q, packed, causal, window, seed),
         )
     return out, lse
 
@@ -289,7 +281,7 @@ def _attention_triton(
 def _lse_like(q: Tensor) -> Tensor:
     """(B, H, Tq) float32 for q (B, Tq, H, D); float64 for float64."""
     B, Tq, H, _ = q.shape
-    return q.new_empty((B, H, Tq), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return q.new_empty((B, H, Tq), dtype=statistics_dtype(q.dtype))
 
 
 def _attention_cpu(

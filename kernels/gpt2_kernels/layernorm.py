@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, tl, triton
+from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
 
 MAX_WIDTH = 16384  # one row lies in the registers of one program
 
@@ -208,7 +208,7 @@ def _launch(
     other, stride_residual = (None, 0) if residual is None else _rows(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(y)
-    kept = torch.empty(2, R, dtype=_statistics_dtype(x), device=x.device) if statistics else None
+    kept = torch.empty(2, R, dtype=statistics_dtype(x.dtype), device=x.device) if statistics else None
     if R:
         launch(
             layer_norm_kernel,
@@ -230,10 +230,6 @@ def _launch(
             num_warps=_forward_warps(C),
         )
     return y, total, kept
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _layer_norm_triton(
@@ -400,7 +396,7 @@ def _backward_cpu(
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     R = x.numel() // x.shape[-1]
-    return y, x.new_empty((2, R), dtype=_statistics_dtype(x)) if statistics else None
+    return y, x.new_empty((2, R), dtype=statistics_dtype(x.dtype)) if statistics else None
 
 
 def _fake_add(
