@@ -1,0 +1,182 @@
+"""What `gpt2 generate`, `next` and `info` do.
+
+PyTorch, which takes seconds to import, is asked for once all options have been checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from gpt2.config import PRESETS, preset_or_folder
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+def _prompt(text: str) -> str:
+    """The prompt as given, or read from stdin."""
+    if text != "-":
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("the prompt is not valid UTF-8") from None
+        return text
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"stdin is not valid UTF-8 (byte {e.start})") from None
+
+
+def load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
+    """The model and its tokenizer. torch is imported here: `--help` and bad options answer at once."""
+    preset_or_folder(options.model, "--model")
+    if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", options.device):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
+
+    import torch
+
+    from gpt2.model import GPT2
+    from gpt2.tokenizer import load_tokenizer
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device must exist, got {options.device!r} with {torch.cuda.device_count()} GPUs")
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    model = GPT2.from_pretrained(options.model, device=device, dtype=dtype)
+    return model, load_tokenizer(options.model)
+
+
+def generate(options: argparse.Namespace) -> None:
+    from gpt2.sampling import SamplingParams
+
+    prompt = _prompt(options.prompt)
+    params = SamplingParams(
+        max_tokens=200 if options.max_tokens is None else options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        n=options.n,
+        stop=tuple(options.stop),
+        ignore_eos=options.ignore_eos,
+        on_overflow="stop" if options.max_tokens is None else "error",
+    )
+    model, tokenizer = load(options)
+
+    from gpt2.engine import Engine
+    from gpt2.tokenizer import END_OF_TEXT
+
+    engine = Engine(model, tokenizer, max_batch=min(params.n, 256))
+    out = sys.stdout
+    if params.n == 1:
+        pieces = engine.stream(prompt, params)  # checks the prompt before anything is written
+        _write(out, prompt)
+        for piece in pieces:
+            _write(out, piece)
+        _write(out, "\n")
+        return
+    (completion,) = engine.generate([prompt], params)
+    texts = [prompt + output.text for output in completion.outputs]
+    _write(out, f"\n{END_OF_TEXT}\n".join(texts) + "\n")
+
+
+def _write(out: TextIO, text: str) -> None:
+    out.write(text)
+    out.flush()
+
+
+def next_tokens(options: argparse.Namespace) -> None:
+    prompt = _prompt(options.prompt)
+    model, tokenizer = load(options)
+
+    import torch
+
+    from gpt2.tokenizer import END_OF_TEXT
+
+    limit = model.config.n_positions
+    tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT}, disallowed_special=())
+    tokens = tokens or [model.config.eos_token_id]
+    if len(tokens) > limit:
+        raise ValueError(f"a prompt must be at most {limit} tokens, got {len(tokens)}")
+    start = len(tokens)
+    answers = _answers("choose 1-10, u to undo, q to quit: ")
+    while True:
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens], device=model.device))[0, -1].float()
+        probabilities, ids = torch.softmax(logits, dim=-1).topk(min(10, logits.numel()))
+        print(tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace"))
+        for rank, (token, share) in enumerate(zip(ids.tolist(), probabilities.tolist()), 1):
+            print(f"{rank:3d}  {100 * share:5.1f} %  {_visible(tokenizer, token)}")
+        sys.stdout.flush()
+        while True:
+            answer = answers()
+            if answer is None or answer == "q":
+                return
+            if answer == "u" and len(tokens) > start:
+                tokens.pop()
+                break
+            if answer.isdecimal() and 1 <= int(answer) <= len(ids):
+                if len(tokens) == limit:
+                    raise ValueError(f"the text fills all {limit} positions of the model")
+                tokens.append(int(ids[int(answer) - 1]))
+                break
+            print(f"gpt2 next: not a choice: {answer!r}", file=sys.stderr)
+
+
+def _answers(question: str) -> Callable[[], str | None]:
+    """A function that asks a person, or reads a line where nobody sits; None at the end of the input."""
+
+    def ask() -> str | None:
+        if sys.stdin.isatty():
+            print(question, end="", flush=True)
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+
+    return ask
+
+
+def _visible(tokenizer: tiktoken.Encoding, token: int) -> str:
+    """A token as a quoted string; one that is only a part of a character as its bytes."""
+    content = tokenizer.decode_single_token_bytes(token)
+    try:
+        return repr(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(content)
+
+
+def info(options: argparse.Namespace) -> None:
+    import torch
+
+    import gpt2_kernels as ops
+    from gpt2_kernels import _native, _runtime
+
+    triton = _runtime.triton.__version__ if _runtime.HAS_TRITON else "not installed"
+    print(
+        f"gpt2-kernels {ops.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
+    print(f"torch {torch.__version__}, triton {triton}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.insert(0, "cuda")
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            memory = torch.cuda.get_device_properties(i).total_memory / 2**30
+            print(f"cuda:{i}  {torch.cuda.get_device_name(i)}, sm_{major}{minor}, {memory:.0f} GiB")
+    else:
+        print("no CUDA device: everything runs on the CPU")
+    print(f"cpu     {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"C++ operators: {_native.status()}")
+    print()
+    width = max(len(op) for op in ops.OPS) + 2
+    print(f"{'operator':{width}}" + "".join(f"{'on ' + device:28}" for device in devices))
+    for op in sorted(ops.OPS):
+        print(f"{op:{width}}" + "".join(f"{ops.path_of(op, device):28}" for device in devices).rstrip())
+    print()
+    print(f"models: {', '.join(PRESETS)}, or a folder")

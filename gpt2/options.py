@@ -1,0 +1,80 @@
+"""The options of every command. Nothing heavy is imported here: `--help` and a mistyped option answer at once."""
+
+from __future__ import annotations
+
+import argparse
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="gpt2",
+        description="GPT-2 on fused kernels.",
+        epilog="Models: storybook ships with the package and needs no network; gpt2, gpt2-medium, gpt2-large and "
+        "gpt2-xl come from the Hugging Face hub (pip install 'gpt2-kernels[hub]'); a local folder in Hugging Face "
+        "format is named with a path separator, like ./my-model.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text; the prompt and what follows it are written to stdout as they come.",
+        epilog="With -n, samples are separated by lines that are <|endoftext|>.",
+    )
+    _prompt_option(generate)
+    _model_options(generate)
+    number = generate.add_argument_group("what is written")
+    number.add_argument("-n", type=int, default=1, metavar="N", help="samples of the same prompt (default 1)")
+    number.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens to write (default 200, or as many as the context holds)",
+    )
+    number.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    number.add_argument("--ignore-eos", action="store_true", help="write on after <|endoftext|>")
+    choice = generate.add_argument_group("how tokens are chosen")
+    choice.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (default 1)")
+    choice.add_argument(
+        "--top-k", type=int, default=40, metavar="K", help="among the K likeliest; 0 is off (default 40)"
+    )
+    choice.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="among the fewest that reach P (default 1)"
+    )
+    choice.add_argument("--min-p", type=float, default=0.0, metavar="P", help="at least P of the likeliest (default 0)")
+    choice.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer repeats")
+    choice.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one)")
+    generate.set_defaults(run="gpt2.commands:generate")
+
+    following = commands.add_parser(
+        "next",
+        help="the ten likeliest next tokens; choose one, and so on",
+        description="Show the ten likeliest next tokens with their probabilities; type a number to append one, u to "
+        "take the last one back, q to quit.",
+    )
+    _prompt_option(following)
+    _model_options(following)
+    following.set_defaults(run="gpt2.commands:next_tokens")
+
+    info = commands.add_parser("info", help="versions, devices, and what computes each operator here")
+    info.set_defaults(run="gpt2.commands:info")
+    return top
+
+
+def _prompt_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        default="",
+        metavar="PROMPT",
+        help="text to continue; - reads stdin; none starts a new text",
+    )
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="storybook", metavar="NAME", help="preset or folder (default storybook)")
+    model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    model.add_argument("--dtype", choices=DTYPES, help="arithmetic (default float32 on a CPU, bfloat16 on a GPU)")
