@@ -19,7 +19,7 @@ from tqdm import tqdm
 import gpt2_kernels as ops
 from gpt2.blocks import BlockPool
 from gpt2.model import GPT2, PagedBatch
-from gpt2.request import Completion, Logprob, Request, Sample, make_request
+from gpt2.request import Completion, Logprob, Output, Request, Sample, make_request
 from gpt2.sampling import SamplingParams
 from gpt2.scheduler import Chunk, Scheduler
 from gpt2.scheduler import Sequence as Text
@@ -129,6 +129,24 @@ class Engine:
             raise
         ready, self._ready = self._ready, []
         return ready
+
+    def progress(self, request_id: int) -> list[Output] | None:
+        """The outputs of a request as far as they have got, in the order of its samples; None once it is handed out.
+
+        Texts end before what may yet become a stop string or is half a character. finish_reason is "" until there is one.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        return [
+            Output(
+                text=s.stream.text,
+                tokens=s.sequence.tokens[s.sequence.prompt_length :],
+                finish_reason=s.finish_reason or "",
+                logprobs=s.logprobs[:] if request.params.logprobs else None,
+            )
+            for s in request.samples
+        ]
 
     @property
     def unfinished(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,32 @@ def test_requests_by_hand(model: GPT2) -> None:
     assert set(done) == {first, second}
     assert done[second].outputs[0].finish_reason == "abort" and len(done[second].outputs[0].tokens) <= 1
     assert done[first].outputs[0].tokens == tokens_of(engine, [[1, 2]])[0]
+
+
+def test_progress_of_many_requests(folder: Path, model: GPT2) -> None:
+    """Each view of a running request begins what its result turns out to be; a stop string is never half shown."""
+    engine = Engine(model, load_tokenizer(folder), num_blocks=64)
+    params = SamplingParams(max_tokens=20, n=2, seed=4, ignore_eos=True, logprobs=2)
+    whole_text = engine.generate(["Once upon"], params)[0].outputs[0].text
+    params = dataclasses.replace(params, stop=(whole_text[5:9],))
+    numbers = [engine.add(prompt, params) for prompt in ("Once upon", "a")]
+    seen: dict[int, list] = {number: [engine.progress(number)] for number in numbers}
+    assert [[o.tokens for o in seen[n][0]] for n in numbers] == [[[], []]] * 2
+    done = {}
+    while engine.unfinished:
+        done.update({c.request_id: c for c in engine.step()})
+        for number in numbers:
+            if (outputs := engine.progress(number)) is not None:
+                seen[number].append(outputs)
+    for number in numbers:
+        assert len(seen[number]) > 3 and engine.progress(number) is None
+        for outputs in seen[number]:
+            for part, end in zip(outputs, done[number].outputs, strict=True):
+                assert end.text.startswith(part.text) and end.tokens[: len(part.tokens)] == part.tokens
+                assert end.logprobs[: len(part.logprobs)] == part.logprobs and len(part.logprobs) == len(part.tokens)
+                assert part.finish_reason == "" or part == end
+    assert done[numbers[0]].outputs[0].text == whole_text[: whole_text.index(whole_text[5:9])]
+    whole(engine)
 
 
 def test_streams_beside_other_requests(folder: Path, model: GPT2) -> None:
