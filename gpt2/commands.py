@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt2.config import PRESETS, preset_or_folder
+from gpt2.profiling import profile
 
 if TYPE_CHECKING:
     import tiktoken
@@ -54,6 +55,7 @@ def load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
 def generate(options: argparse.Namespace) -> None:
     from gpt2.sampling import SamplingParams
 
+    profiling = profile(options.profile)
     prompt = _prompt(options.prompt)
     params = SamplingParams(
         max_tokens=200 if options.max_tokens is None else options.max_tokens,
@@ -75,14 +77,15 @@ def generate(options: argparse.Namespace) -> None:
 
     engine = Engine(model, tokenizer, max_batch=min(params.n, 256))
     out = sys.stdout
-    if params.n == 1:
-        pieces = engine.stream(prompt, params)  # checks the prompt before anything is written
-        _write(out, prompt)
-        for piece in pieces:
-            _write(out, piece)
-        _write(out, "\n")
-        return
-    (completion,) = engine.generate([prompt], params)
+    with profiling:
+        if params.n == 1:
+            pieces = engine.stream(prompt, params)  # checks the prompt before anything is written
+            _write(out, prompt)
+            for piece in pieces:
+                _write(out, piece)
+            _write(out, "\n")
+            return
+        (completion,) = engine.generate([prompt], params)
     texts = [prompt + output.text for output in completion.outputs]
     _write(out, f"\n{END_OF_TEXT}\n".join(texts) + "\n")
 

@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     choice.add_argument("--min-p", type=float, default=0.0, metavar="P", help="at least P of the likeliest (default 0)")
     choice.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer repeats")
     choice.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one)")
+    _profile_option(generate)
     generate.set_defaults(run="gpt2.commands:generate")
 
     following = commands.add_parser(
@@ -61,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, and what computes each operator here")
     info.set_defaults(run="gpt2.commands:info")
     return top
+
+
+def _profile_option(parser: argparse.ArgumentParser) -> None:
+    """For every command that computes: `gpt2.profiling.profile(options.profile)`."""
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace (.json or .json.gz) of where time goes")
 
 
 def _prompt_option(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,53 @@
+"""gpt2.profiling: a Chrome trace with a range for each operator, and nothing where it is off."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_checkpoint, tiny_config
+from test_cli import process
+
+import gpt2_kernels as ops
+from gpt2.profiling import profile
+
+pytestmark = pytest.mark.usefixtures("production")
+
+
+def names(path: Path) -> set[str]:
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return {event["name"] for event in json.loads(content)["traceEvents"]}
+
+
+def test_operators_are_ranges_of_their_own_name(tmp_path: Path) -> None:
+    """Of the command, whose text is the same with it and without."""
+    folder = random_checkpoint(tmp_path / "model", tiny_config(), tokenizer=True)
+    command = ("generate", "a story", "--model", str(folder), "--seed", "3", "--max-tokens", "4")
+    done = process(*command, "--profile", str(tmp_path / "trace.json"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == process(*command).stdout
+    wanted = {"layer_norm", "linear", "append_kv_", "paged_attention", "sample"}
+    assert {f"gpt2_kernels::{op}" for op in wanted} <= names(tmp_path / "trace.json")
+
+
+def test_the_trace_is_written_when_the_block_fails(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json.gz"
+    with pytest.raises(KeyboardInterrupt), profile(trace):
+        ops.layer_norm(torch.randn(2, 8), torch.ones(8))
+        raise KeyboardInterrupt
+    assert "gpt2_kernels::layer_norm" in names(trace)
+
+
+@pytest.mark.parametrize("name", ["trace.txt", "missing/trace.json", "folder.json"])
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match="profile: the file must .*, got "):
+        profile(tmp_path / name)
+
+
+def test_none_profiles_nothing() -> None:
+    with profile(None):
+        assert not torch.autograd.profiler._is_profiler_enabled
