@@ -133,7 +133,7 @@ class Engine:
     def progress(self, request_id: int) -> list[Output] | None:
         """The outputs of a request as far as they have got, in the order of its samples; None once it is handed out.
 
-        Texts end before what may yet become a stop string or is half a character. finish_reason is "" until there is one.
+        Texts end before half a character and what may yet become a stop string. finish_reason is "" until there is one.
         """
         request = self._requests.get(request_id)
         if request is None:
