@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt2.config import PRESETS, preset_or_folder
 from gpt2.profiling import profile
+from gpt2.sampling import SamplingParams
 
 if TYPE_CHECKING:
     import tiktoken
@@ -52,13 +53,9 @@ def load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
     return model, load_tokenizer(options.model)
 
 
-def generate(options: argparse.Namespace) -> None:
-    from gpt2.sampling import SamplingParams
-
-    profiling = profile(options.profile)
-    prompt = _prompt(options.prompt)
-    params = SamplingParams(
-        max_tokens=200 if options.max_tokens is None else options.max_tokens,
+def sampling_params(options: argparse.Namespace, **others: Any) -> SamplingParams:
+    """The parameters that options name, and others."""
+    return SamplingParams(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -68,8 +65,17 @@ def generate(options: argparse.Namespace) -> None:
         n=options.n,
         stop=tuple(options.stop),
         ignore_eos=options.ignore_eos,
-        on_overflow="stop" if options.max_tokens is None else "error",
+        **others,
     )
+
+
+def generate(options: argparse.Namespace) -> None:
+    profiling = profile(options.profile)
+    prompt = _prompt(options.prompt)
+    if options.max_tokens is None:
+        params = sampling_params(options, max_tokens=200, on_overflow="stop")
+    else:
+        params = sampling_params(options, max_tokens=options.max_tokens)
     model, tokenizer = load(options)
 
     from gpt2.engine import Engine

@@ -25,29 +25,26 @@ def parser() -> argparse.ArgumentParser:
     )
     _prompt_option(generate)
     _model_options(generate)
-    number = generate.add_argument_group("what is written")
-    number.add_argument("-n", type=int, default=1, metavar="N", help="samples of the same prompt (default 1)")
-    number.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="most tokens to write (default 200, or as many as the context holds)",
-    )
-    number.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    number.add_argument("--ignore-eos", action="store_true", help="write on after <|endoftext|>")
-    choice = generate.add_argument_group("how tokens are chosen")
-    choice.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (default 1)")
-    choice.add_argument(
-        "--top-k", type=int, default=40, metavar="K", help="among the K likeliest; 0 is off (default 40)"
-    )
-    choice.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="among the fewest that reach P (default 1)"
-    )
-    choice.add_argument("--min-p", type=float, default=0.0, metavar="P", help="at least P of the likeliest (default 0)")
-    choice.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer repeats")
-    choice.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one)")
+    _sampling_options(generate, max_tokens="200, or as many as the context holds")
     _profile_option(generate)
     generate.set_defaults(run="gpt2.commands:generate")
+
+    batch = commands.add_parser(
+        "batch",
+        help="answer a file of prompts",
+        description='Answer every line of a file of prompts, {"id": .., "prompt": .., and parameters}, with a line '
+        "of the output, as results come. A run that was stopped goes on when it is started again.",
+        epilog="Beside OUT.jsonl lie OUT.manifest.json, which says what was run, and, where lines were bad, "
+        "OUT.errors.jsonl. The options below are for lines that do not say otherwise; a line without a seed gets one "
+        "from --seed and its number.",
+    )
+    batch.add_argument("input", metavar="IN.jsonl", help="a JSON object a line; prompts are text or lists of token ids")
+    batch.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help="where results go")
+    batch.add_argument("--max-batch", type=int, default=256, metavar="N", help="most samples at a time (default 256)")
+    _model_options(batch)
+    _sampling_options(batch, max_tokens="64")
+    _profile_option(batch)
+    batch.set_defaults(run="gpt2.batch:batch")
 
     following = commands.add_parser(
         "next",
@@ -77,6 +74,25 @@ def _prompt_option(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         help="text to continue; - reads stdin; none starts a new text",
     )
+
+
+def _sampling_options(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
+    number = parser.add_argument_group("what is written")
+    number.add_argument("-n", type=int, default=1, metavar="N", help="samples of the same prompt (default 1)")
+    number.add_argument("--max-tokens", type=int, metavar="N", help=f"most tokens to write (default {max_tokens})")
+    number.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    number.add_argument("--ignore-eos", action="store_true", help="write on after <|endoftext|>")
+    choice = parser.add_argument_group("how tokens are chosen")
+    choice.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (default 1)")
+    choice.add_argument(
+        "--top-k", type=int, default=40, metavar="K", help="among the K likeliest; 0 is off (default 40)"
+    )
+    choice.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="among the fewest that reach P (default 1)"
+    )
+    choice.add_argument("--min-p", type=float, default=0.0, metavar="P", help="at least P of the likeliest (default 0)")
+    choice.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer repeats")
+    choice.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one)")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

@@ -194,7 +194,7 @@ from gpt2 import cli
 for arguments, expected in [
     (["--help"], 0), (["generate", "--help"], 0), ([], 2), (["generate", "x", "--bogus"], 2),
     (["generate", "-n", "0"], 2), (["generate", "--model", "nope"], 2), (["next", "--device", "tpu"], 2),
-    (["generate", "\\udcff"], 2),
+    (["generate", "\\udcff"], 2), (["batch"], 2), (["batch", "/nowhere/in.jsonl", "-o", "out.jsonl"], 2),
 ]:
     try:
         cli.main(arguments)
