@@ -1,4 +1,4 @@
-"""What `gpt2 generate`, `next` and `info` do.
+"""What `gpt2 generate`, `next`, `train` and `info` do.
 
 PyTorch, which takes seconds to import, is asked for once all options have been checked.
 """
@@ -6,6 +6,7 @@ PyTorch, which takes seconds to import, is asked for once all options have been 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import platform
 import re
 import sys
@@ -37,8 +38,7 @@ def _prompt(text: str) -> str:
 def load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
     """The model and its tokenizer. torch is imported here: `--help` and bad options answer at once."""
     preset_or_folder(options.model, "--model")
-    if options.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", options.device):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
+    _check_device(options.device)
 
     import torch
 
@@ -51,6 +51,11 @@ def load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     model = GPT2.from_pretrained(options.model, device=device, dtype=dtype)
     return model, load_tokenizer(options.model)
+
+
+def _check_device(device: str | None) -> None:
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
 
 
 def sampling_params(options: argparse.Namespace, **others: Any) -> SamplingParams:
@@ -158,6 +163,22 @@ def _visible(tokenizer: tiktoken.Encoding, token: int) -> str:
         return repr(content.decode("utf-8"))
     except UnicodeDecodeError:
         return repr(content)
+
+
+def train(options: argparse.Namespace) -> None:
+    from gpt2.recipe import Recipe, check_out
+
+    values = vars(options)
+    recipe = Recipe(**{field.name: values[field.name] for field in dataclasses.fields(Recipe) if field.name in values})
+    _check_device(options.device)
+    out = check_out(options.out, options.resume)
+    profiling = profile(options.profile)
+
+    from gpt2.training import train
+
+    with profiling:
+        status = train(recipe, out, resume=options.resume, device=options.device)
+    sys.exit(status)
 
 
 def info(options: argparse.Namespace) -> None:

@@ -58,7 +58,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         config = model.config
-        block_shape = (config.n_head, block_size, config.head_dim)  # a head's rows side by side
+        block_shape = (model.cache_heads, block_size, config.head_dim)  # a head's rows side by side
         if num_blocks is None:
             # Two tensors a layer; no more than max_batch sequences of full length can ever use.
             bytes_a_block = 2 * config.n_layer * config.n_embd * block_size * model.wte.weight.element_size()

@@ -11,6 +11,7 @@ PyTorch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,10 +48,11 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, residual: Tensor, attend: Attend) -> Tensor:
-        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, self.heads)  # (..., 3, H, D)
+    def forward(self, x: Tensor, residual: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
+        linear = functools.partial(ops.linear, batch_invariant=batch_invariant)
+        qkv = linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, self.heads)  # (..., 3, H, D)
         q, k, v = qkv.unbind(-3)  # three views, no copy
-        return ops.linear(attend(q, k, v).flatten(-2), self.c_proj.weight, self.c_proj.bias, residual=residual)
+        return linear(attend(q, k, v).flatten(-2), self.c_proj.weight, self.c_proj.bias, residual=residual)
 
 
 class MLP(nn.Module):
@@ -62,9 +64,18 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.mlp_width)
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, batch_invariant: bool = True) -> Tensor:
         w1, w2 = self.c_fc, self.c_proj
-        return ops.gelu_mlp(x, w1.weight, w1.bias, w2.weight, w2.bias, approximate=self.approximate, residual=residual)
+        return ops.gelu_mlp(
+            x,
+            w1.weight,
+            w1.bias,
+            w2.weight,
+            w2.bias,
+            approximate=self.approximate,
+            residual=residual,
+            batch_invariant=batch_invariant,
+        )
 
 
 class Block(nn.Module):
@@ -77,9 +88,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = self.attn(_normalize(self.ln_1, x), x, attend)
-        return self.mlp(_normalize(self.ln_2, x), x)
+    def forward(self, x: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
+        x = self.attn(_normalize(self.ln_1, x), x, attend, batch_invariant)
+        return self.mlp(_normalize(self.ln_2, x), x, batch_invariant)
 
 
 def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -106,6 +117,13 @@ class GPT2(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.wte.weight.dtype
 
+    @property
+    def cache_heads(self) -> int:
+        """Heads whose keys and values are kept here: all, unless several processes share the model."""
+        block = self.h[0]
+        assert isinstance(block, Block)
+        return block.attn.heads[1]
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of token ids (B, T) int64: row t scores what may follow tokens[:, :t + 1].
 
@@ -117,9 +135,9 @@ class GPT2(nn.Module):
         """Mean cross-entropy in nats, float32, of targets (B, T) int64, where -100 is left out; holds no logits."""
         if targets.shape != tokens.shape:
             raise ValueError(f"GPT2.loss: targets must be the shape of tokens, got {targets.shape} and {tokens.shape}")
-        return ops.linear_cross_entropy(self._hidden(tokens), self.wte.weight, targets)
+        return ops.linear_cross_entropy(self._hidden(tokens, batch_invariant=False), self.wte.weight, targets)
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, batch_invariant: bool = True) -> Tensor:
         if tokens.dim() != 2 or tokens.shape[1] > self.config.n_positions:
             raise ValueError(
                 f"GPT2: tokens must be (B, T) with T <= {self.config.n_positions}, got {tuple(tokens.shape)}"
@@ -127,7 +145,7 @@ class GPT2(nn.Module):
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
-            x = block(x, lambda q, k, v, scale=scale: ops.attention(q, k, v, scale=scale))
+            x = block(x, lambda q, k, v, scale=scale: ops.attention(q, k, v, scale=scale), batch_invariant)
         return _normalize(self.ln_f, x)
 
     @torch.no_grad()

@@ -56,14 +56,71 @@ def parser() -> argparse.ArgumentParser:
     _model_options(following)
     following.set_defaults(run="gpt2.commands:next_tokens")
 
+    train = commands.add_parser(
+        "train",
+        help="train a model, or train one on",
+        description="Train a GPT-2 on a text; the result is RUN/final, a folder for --model. The same command with "
+        "--resume goes on after an interruption, bit for bit. Under torchrun it uses all processes.",
+        argument_default=argparse.SUPPRESS,  # what is not given keeps Recipe's default
+    )
+    what = train.add_argument_group("what is learned")
+    what.add_argument(
+        "--data", required=True, metavar="TEXT", help="a text file, or a folder of *.txt; documents stand between "
+        "lines that are <|endoftext|>",
+    )  # fmt: skip
+    what.add_argument("--val-data", metavar="TEXT", help="text to measure the loss on")
+    what.add_argument("--model", metavar="NAME", help="shape and tokenizer: preset or folder (default storybook)")
+    what.add_argument(
+        "--init", metavar="FOLDER", help="start from these weights (preset or folder), not from random ones"
+    )
+    what.add_argument("--context", type=int, metavar="N", help="tokens a sequence (default: all positions)")
+    what.add_argument("--order", choices=("random", "sequential"), help="of the windows of each pass (default random)")
+    what.add_argument("--seed", type=int, metavar="N", help="of the first weights and the order (default 1)")
+    how = train.add_argument_group("how")
+    how.add_argument("--steps", type=int, metavar="N", help="updates of the weights (default 1000)")
+    how.add_argument("--batch-size", type=int, metavar="N", help="sequences an update, of all processes (default 8)")
+    how.add_argument("--micro-batch", type=int, metavar="N", help="sequences a process computes at a time")
+    how.add_argument("--optimizer", choices=("adamw", "muon"), help="default adamw")
+    how.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default 6e-4)")
+    how.add_argument("--min-lr", type=float, metavar="X", help="last learning rate (default 0)")
+    how.add_argument("--schedule", choices=("cosine", "trapezoid"), help="of the learning rate (default cosine)")
+    how.add_argument(
+        "--warmup", type=int, metavar="N", help="steps until the highest rate (default: 1/20, at most 100)"
+    )
+    how.add_argument("--weight-decay", type=float, metavar="X", help="of matrices (default 0.1)")
+    how.add_argument("--clip", type=float, metavar="X", help="longest gradient, 0 for any (default 1)")
+    how.add_argument(
+        "--dtype", choices=DTYPES[:2], help="arithmetic (default float32 on a CPU, bfloat16 on a GPU); the weights "
+        "are float32",
+    )  # fmt: skip
+    how.add_argument(
+        "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:N (default: GPUs if there are)"
+    )
+    how.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), help="under torchrun: weights whole or shared (default ddp)"
+    )
+    how.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more work")
+    how.add_argument("--compile", action="store_true", help="torch.compile")
+    kept = train.add_argument_group("what is kept")
+    kept.add_argument("--out", required=True, metavar="RUN", help="folder of the run: checkpoints, metrics, final")
+    kept.add_argument("--resume", action="store_true", default=False, help="go on where RUN was interrupted")
+    kept.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default 100)")
+    kept.add_argument("--keep", type=int, metavar="N", help="newest checkpoints kept, beside the best (default 2)")
+    kept.add_argument("--eval-every", type=int, metavar="N", help="steps between validations and samples")
+    kept.add_argument("--log-every", type=int, metavar="N", help="steps between progress lines (default 10)")
+    _profile_option(kept)
+    train.set_defaults(run="gpt2.commands:train")
+
     info = commands.add_parser("info", help="versions, devices, and what computes each operator here")
     info.set_defaults(run="gpt2.commands:info")
     return top
 
 
-def _profile_option(parser: argparse.ArgumentParser) -> None:
+def _profile_option(parser: argparse._ActionsContainer) -> None:
     """For every command that computes: `gpt2.profiling.profile(options.profile)`."""
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace (.json or .json.gz) of where time goes")
+    parser.add_argument(
+        "--profile", default=None, metavar="FILE", help="write a Chrome trace (.json or .json.gz) of where time goes"
+    )
 
 
 def _prompt_option(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ import binascii
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 # How GPT-2 cuts a text into words: contractions, letters, digits, other marks, each with one space before it.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+_FILES = (("tokenizer.tiktoken",), ("vocab.json", "merges.txt"), ("tokenizer.json",))  # the first that are there
 
 STORYBOOK = Path(__file__).parent / "storybook"  # the model that ships with the package
 
@@ -49,6 +52,25 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> tiktoken.Encoding:
             f"load_tokenizer: {found!r}: GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR and could not be downloaded: "
             f"{type(e).__name__}: {reason}"
         ) from e
+
+
+def save_tokenizer(name_or_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Put the tokenizer of a preset or model folder into another folder, for `load_tokenizer` to read.
+
+    A folder's files are copied; GPT-2's vocabulary becomes `tokenizer.tiktoken`. Raises ValueError as load_tokenizer.
+    """
+    found = preset_or_folder(name_or_path, "save_tokenizer")
+    source = STORYBOOK if found == "storybook" else found
+    if isinstance(source, Path):
+        for names in _FILES:
+            if all((source / name).is_file() for name in names):
+                for name in names:
+                    shutil.copyfile(source / name, Path(folder) / name)
+                return
+    encoding = load_tokenizer(name_or_path)  # raises for a folder that has none
+    tokens = sorted((encoding.encode_single_token(token), token) for token in encoding.token_byte_values())
+    lines = [base64.b64encode(token) + b" %d\n" % number for number, token in tokens]
+    (Path(folder) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
 
 
 def _from_folder(folder: Path) -> tiktoken.Encoding:

@@ -1,0 +1,125 @@
+"""Checkpoints that are whole or not there.
+
+    RUN/checkpoints/step-00000100/   a Hugging Face folder: config.json, model.safetensors (float32), tokenizer
+        optimizer.pt                 optimizer and random state
+        state.json                   step, validation loss, the recipe's decisive values, SHA-256 of every other file
+
+A folder is written beside its place, synced to the disk and renamed into it: a process or machine that dies leaves the
+checkpoints before it whole. What a file system damages afterwards is found by the digests, and the checkpoint before it
+is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+_STATE = "state.json"
+
+
+def save(folder: Path, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+    """Make the checkpoint of `step`: `write` puts files into an empty folder, `state` goes beside them.
+
+    Raises OSError, naming the newest checkpoint that is there, where they could not be written.
+    """
+    target, draft = folder / f"step-{step:08d}", folder / f".draft-{step:08d}"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)  # what a killed process left
+        draft.mkdir(parents=True)
+        write(draft)
+        files = sorted(path for path in draft.iterdir())
+        digests = {path.name: _digest(path) for path in files}
+        state = {"step": step, **state, "sha256": digests}
+        (draft / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        for path in (*files, draft / _STATE, draft):
+            _sync(path)
+        if target.exists():  # damaged, or a run's that began anew
+            shutil.rmtree(target)
+        draft.rename(target)
+        _sync(folder)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as e:  # torch and safetensors have errors of their own for a full disk
+        shutil.rmtree(draft, ignore_errors=True)
+        last = steps(folder)
+        kept = f"the last good checkpoint is {folder / last[-1]}" if last else "there is no earlier checkpoint"
+        raise OSError(f"the checkpoint of step {step} could not be written to {target} ({e}); {kept}") from e
+    return target
+
+
+def steps(folder: Path) -> list[str]:
+    """Names of the checkpoints in `folder`, oldest first."""
+    return sorted(p.name for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+
+
+def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its state; `report` is told of each that is not."""
+    for name in reversed(steps(folder)):
+        try:
+            return folder / name, _verified(folder / name)
+        except ValueError as e:
+            report(f"{e}: the checkpoint before it is used")
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints and the best, and what interrupted writing left."""
+    names = steps(folder)
+    best = best_step(folder)
+    for name in names[:-keep]:
+        if best is None or name != best[0]:
+            shutil.rmtree(folder / name)
+    for draft in folder.glob(".draft-*"):
+        shutil.rmtree(draft)
+
+
+def best_step(folder: Path) -> tuple[str, float] | None:
+    """Name and validation loss of the checkpoint with the lowest; None where none was validated."""
+    losses = []
+    for name in steps(folder):
+        try:
+            loss = json.loads((folder / name / _STATE).read_text(encoding="utf-8")).get("val_loss")
+        except (OSError, ValueError):
+            continue
+        if loss is not None:
+            losses.append((loss, name))
+    return (min(losses)[1], min(losses)[0]) if losses else None
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        expected = state["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged ({_STATE} cannot be read)") from None
+    for name, digest in expected.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path} is damaged ({name} is missing)")
+        if _digest(path / name) != digest:
+            raise ValueError(f"{path} is damaged ({name} is cut short or changed)")
+    return state
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,205 @@
+"""Several processes, through PyTorch's own engines: data parallel, sharded data parallel, tensor parallel.
+
+    torchrun --nproc-per-node 8 -m gpt2 train ...                     DDP: whole weights everywhere, gradients averaged
+    torchrun --nproc-per-node 8 -m gpt2 train ... --parallel fsdp     FSDP2: each process keeps a share of everything
+
+`tensor_parallel` is for generation with a model too large or too slow for one GPU: each process keeps some heads and
+some columns of each MLP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+import gpt2_kernels as ops
+from gpt2.model import GPT2, MLP, Attend, SelfAttention
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The processes of a run, and which one this is."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in process 0, in all; a ValueError or OSError too, so that none waits for ever."""
+        if self.size == 1:
+            return work()
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = work()
+            except (ValueError, OSError) as e:
+                answer[1] = (OSError if isinstance(e, OSError) else ValueError, str(e))
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            kind, message = answer[1]
+            raise kind(message)
+        return answer[0]
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added over all processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def world(device: str | None) -> Iterator[World]:
+    """The processes that torchrun started, or this one alone. NCCL between GPUs, gloo between CPUs."""
+    size, rank = processes(), int(os.environ.get("RANK", "0"))
+    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if found.type == "cuda":
+        if found.index >= torch.cuda.device_count():
+            raise ValueError(f"--device must exist, got {found} with {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(found)
+    if size == 1:
+        yield World(0, 1, found)
+        return
+    # Process 0 may tokenise for hours while the others wait.
+    backend = "nccl" if found.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+    try:
+        yield World(rank, size, found)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: GPT2, world: World, dtype: torch.dtype) -> None:
+    """FSDP2 in place: a block's weights are gathered, in `dtype`, while it computes; gradients are added in float32."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "loss")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a share. Every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process keeps of `like`, on its device."""
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
+def tensor_parallel(model: GPT2, mesh: DeviceMesh) -> GPT2:
+    """Split the blocks of `model` over the processes of a mesh, in place; its methods are then called in all of them.
+
+    Each process keeps whole heads, and as many columns of the MLP; what two layers' parts add up to is summed once for
+    attention and once for the MLP. Embeddings and norms are whole everywhere. Where the number of heads (25 in gpt2-xl)
+    is no multiple of the processes, the last ones keep fewer: 13 and 12 on two. Each needs at least one.
+
+    For generation only: the model has no gradients afterwards. Raises ValueError where a process would get no head.
+    """
+    check_heads(model.config.n_head, mesh.size())
+    model.requires_grad_(False)
+    parallelize_module(model, mesh, {"h.*.attn": _Heads(), "h.*.mlp": _Columns()})
+    return model
+
+
+def check_heads(heads: int, parts: int) -> None:
+    """Raises ValueError where some of `parts` processes would get none of `heads`."""
+    largest = -(-heads // parts)  # torch.chunk's rule, which DTensor follows
+    if -(-heads // largest) < parts:
+        usable = sorted({-(-heads // n) for n in range(1, heads + 1)})
+        raise ValueError(
+            f"tensor_parallel: each process must get a head: {heads} heads in parts of {largest} are "
+            f"{-(-heads // largest)} parts, got {parts} processes (it can be {', '.join(map(str, usable))})"
+        )
+
+
+class _Heads(ParallelStyle):
+    """c_attn by its rows and c_proj by its columns, with the heads as an axis of their own to be cut."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, SelfAttention)
+        _, heads, width = module.heads
+        attn, proj = module.c_attn, module.c_proj
+        _split(attn, "weight", device_mesh, 1, (3, heads, width, attn.in_features))
+        _split(attn, "bias", device_mesh, 1, (3, heads, width))
+        _split(proj, "weight", device_mesh, 1, (proj.out_features, heads, width))
+        module.heads = (3, _mine(attn.weight).shape[1], width)  # what the engine keeps keys and values of
+        module.forward = functools.partial(_attend, module, device_mesh)  # type: ignore[method-assign]
+        return module
+
+
+class _Columns(ParallelStyle):
+    """c_fc by its rows and c_proj by its columns."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, MLP)
+        _split(module.c_fc, "weight", device_mesh, 0)
+        _split(module.c_fc, "bias", device_mesh, 0)
+        _split(module.c_proj, "weight", device_mesh, 1)
+        module.forward = functools.partial(_feed, module, device_mesh)  # type: ignore[method-assign]
+        return module
+
+
+def _split(linear: nn.Module, name: str, mesh: DeviceMesh, axis: int, shape: tuple[int, ...] | None = None) -> None:
+    tensor = getattr(linear, name).detach()
+    tensor = tensor if shape is None else tensor.reshape(shape)
+    parameter = nn.Parameter(distribute_tensor(tensor, mesh, [Shard(axis)]), requires_grad=False)
+    linear.register_parameter(name, parameter)
+
+
+def _attend(
+    module: SelfAttention, mesh: DeviceMesh, x: Tensor, residual: Tensor, attend: Attend, batch_invariant: bool = True
+) -> Tensor:
+    """`SelfAttention.forward` with this process's heads."""
+    linear = functools.partial(ops.linear, batch_invariant=batch_invariant)
+    weight, bias = _mine(module.c_attn.weight), _mine(module.c_attn.bias)  # (3, h, D, C), (3, h, D)
+    qkv = linear(x, weight.flatten(0, 2), bias.flatten()).unflatten(-1, weight.shape[:3])
+    q, k, v = qkv.unbind(-3)
+    y = linear(attend(q, k, v).flatten(-2), _mine(module.c_proj.weight).flatten(1))
+    return _added(y, mesh) + module.c_proj.bias + residual
+
+
+def _feed(module: MLP, mesh: DeviceMesh, x: Tensor, residual: Tensor, batch_invariant: bool = True) -> Tensor:
+    """`MLP.forward` with this process's columns."""
+    linear = functools.partial(ops.linear, batch_invariant=batch_invariant)
+    w1, b1, w2 = (_mine(p) for p in (module.c_fc.weight, module.c_fc.bias, module.c_proj.weight))
+    hidden = linear(x, w1, b1, activation="gelu_tanh" if module.approximate == "tanh" else "gelu")
+    return _added(linear(hidden, w2), mesh) + module.c_proj.bias + residual
+
+
+def _mine(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
+def _added(part: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over the processes, in all of them."""
+    return (
+        DTensor.from_local(part, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+    )

@@ -1,0 +1,129 @@
+"""What test_parallel.py runs in each of two processes: `parallel_child.py PART FOLDER`."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from checkpoints import tiny_config
+from torch.distributed.device_mesh import init_device_mesh
+
+from gpt2 import GPT2, Engine, SamplingParams, data, parallel, training
+from gpt2.parallel import World
+from gpt2.recipe import Recipe
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def trainer(world: World, folder: str, **changes: object) -> training.Trainer:
+    recipe = Recipe(data=folder, model=folder, batch_size=4, micro_batch=1, steps=9, lr=1e-2, **changes)  # type: ignore[arg-type]
+    config, _ = training._model_of(recipe)
+    tokens = np.random.default_rng(1).integers(0, 288, 150).astype(np.uint16)
+    return training.Trainer(recipe, config, data.Windows(tokens, 16, "random", 1), world)
+
+
+def data_parallel(world: World, folder: str) -> None:
+    """Losses, gradients (their length, and what AdamW made of them) and weights of one process; 3 steps, one border."""
+    for options in ({}, {"parallel": "fsdp"}, {"dtype": "bfloat16"}, {"parallel": "fsdp", "dtype": "bfloat16"}):
+        alone, together = trainer(ALONE, folder, **options), trainer(world, folder, **options)
+        exact = "dtype" not in options  # bfloat16 gradients are rounded before or after they are added
+        for step in range(3):
+            (a, norm_a, _), (b, norm_b, _) = alone.update(), together.update()
+            assert abs(a - b) < (1e-5 if exact else 2e-2), (options, step, a, b)
+            assert abs(norm_a - norm_b) < (1e-4 if exact else 5e-2) * norm_a, (options, step, norm_a, norm_b)
+        sharded = "parallel" in options
+        local = next(iter(together.parameters.values()))
+        assert isinstance(local, torch.distributed.tensor.DTensor) == sharded
+        expected, found = alone.state(), together.state()
+        if world.rank == 0:
+            for name, tensor in expected["model"].items():
+                torch.testing.assert_close(found["model"][name], tensor, atol=1e-4 if exact else 2e-2, rtol=1e-3)
+        tokens = alone.windows.tokens[:130]
+        assert abs(alone.evaluate(tokens) - together.evaluate(tokens)) < (1e-4 if exact else 2e-2)
+
+
+def resume(world: World, folder: str) -> None:
+    """A run of two processes with its last checkpoint lost goes on from the one before to the same bits."""
+    text = str(Path(folder) / "words.txt")
+    for mode in ("ddp", "fsdp"):
+        out = Path(folder) / mode
+        recipe = Recipe(
+            data=text,
+            val_data=text,
+            model=folder,
+            batch_size=4,
+            context=16,
+            steps=4,
+            save_every=2,
+            lr=1e-2,
+            parallel=mode,
+        )
+        results = []
+        for resumed in (False, True):
+            assert training._Run(recipe, out, resumed, world).go() == 0
+            if world.rank == 0:
+                last = out / "checkpoints" / "step-00000004"
+                results.append(
+                    (last / "optimizer.pt").read_bytes() + (out / "final" / "model.safetensors").read_bytes()
+                )
+                shutil.rmtree(last)
+            dist.barrier()
+        assert len(set(results)) <= 1
+
+
+def tensor_parallel(world: World, folder: str) -> None:
+    """Logits and greedy text of the whole model; also with three heads on two processes, uneven as 25 of gpt2-xl."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    for heads, dtype in ((2, torch.float32), (3, torch.float32), (4, torch.bfloat16)):
+        torch.manual_seed(heads)
+        whole = GPT2(tiny_config(n_embd=16 * heads, n_head=heads)).to(dtype).eval()
+        with torch.no_grad():
+            for parameter in whole.parameters():  # biases too, which are added once and not by each
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        split = parallel.tensor_parallel(copy.deepcopy(whole), mesh)
+        mine = split.cache_heads
+        assert mine == (heads - heads // 2 if world.rank == 0 else heads // 2)
+        kept = sum(
+            p.to_local().numel() if isinstance(p, torch.distributed.tensor.DTensor) else 0 for p in split.parameters()
+        )
+        assert kept < 0.7 * sum(p.numel() for n, p in whole.named_parameters() if n.startswith("h."))
+        x = torch.randint(0, 288, (2, 20))
+        with torch.no_grad():
+            expected, found = whole(x), split(x)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+        params = SamplingParams(max_tokens=8, temperature=0.8, seed=1)
+        if dtype == torch.float32:
+            texts = [
+                [c.outputs[0].tokens for c in Engine(model, num_blocks=16).generate([[1, 2, 3], [5] * 20], params)]
+                for model in (whole, split)
+            ]
+            assert texts[0] == texts[1], texts
+    try:
+        parallel.tensor_parallel(GPT2(tiny_config(n_head=1)), mesh)
+    except ValueError as e:
+        assert str(e).startswith("tensor_parallel: each process must get a head: 1 heads"), e
+    else:
+        raise AssertionError("one head was split")
+
+
+def failure(world: World, folder: str) -> None:
+    """What goes wrong in process 0 ends the others too, with the same words."""
+    try:
+        training._Run(Recipe(data="/dev/null", model=folder, batch_size=4), Path(folder) / "failed", False, world)
+    except ValueError as e:
+        assert "the data must hold text" in str(e)
+    else:
+        raise AssertionError("no data was trained on")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with parallel.world("cpu") as world:
+        for part in (data_parallel, resume, tensor_parallel, failure):
+            part(world, sys.argv[1])
