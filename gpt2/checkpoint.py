@@ -50,15 +50,20 @@ def save(folder: Path, step: int, write: Callable[[Path], None], state: dict[str
         SafetensorError,
     ) as e:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(draft, ignore_errors=True)
-        last = steps(folder)
-        kept = f"the last good checkpoint is {folder / last[-1]}" if last else "there is no earlier checkpoint"
-        raise OSError(f"the checkpoint of step {step} could not be written to {target} ({e}); {kept}") from e
+        why = f"the checkpoint of step {step} could not be written to {target} ({e})"
+        raise OSError(f"{why}; {last_good(folder)}") from e
     return target
 
 
 def steps(folder: Path) -> list[str]:
     """Names of the checkpoints in `folder`, oldest first."""
     return sorted(p.name for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+
+
+def last_good(folder: Path) -> str:
+    """Half a sentence for errors: where a run can go on from."""
+    last = steps(folder)
+    return f"the last good checkpoint is {folder / last[-1]}" if last else "there is no checkpoint yet"
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

@@ -120,11 +120,7 @@ class _Run:
             try:
                 loss, norm, stop = trainer.update(received[0] if received else 0)
             except FloatingPointError as e:
-                last = checkpoint.steps(self.checkpoints)
-                good = (
-                    f"the last good checkpoint is {self.checkpoints / last[-1]}" if last else "no checkpoint was made"
-                )
-                raise ValueError(f"{e}; {good}") from None
+                raise ValueError(f"{e}; {checkpoint.last_good(self.checkpoints)}") from None
             step, value = trainer.step, None
             if step % recipe.log_every == 0 or step == last_step:
                 speed = (step - logged) / (time.perf_counter() - since)
@@ -217,8 +213,12 @@ class _Run:
     def _record(self, step: int, **values: Any) -> None:
         if self.world.rank != 0:
             return
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+        path = self.out / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+        except OSError as e:
+            raise OSError(f"{path} could not be written ({e}); {checkpoint.last_good(self.checkpoints)}") from e
         for name, value in values.items():
             if self.writer is not None and isinstance(value, float):
                 self.writer.add_scalar(name, value, step)
@@ -228,9 +228,8 @@ class _Run:
         path = self.out / "metrics.jsonl"
         if path.exists():
             draft = path.with_suffix(".tmp")
-            draft.write_text(
-                "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in _metrics(path) if m["step"] <= step)
-            )
+            kept = [json.dumps(m, ensure_ascii=False) + "\n" for m in _metrics(path) if m["step"] <= step]
+            draft.write_text("".join(kept), encoding="utf-8")
             draft.replace(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -79,7 +80,7 @@ def process(args: list[str], **options: Any) -> subprocess.Popen[str]:
 def trainer(text: str, folder: str, **changes: Any) -> training.Trainer:
     recipe = Recipe(**{"data": text, "model": folder, "steps": 6, "batch_size": 4, "lr": 1e-2, **changes})
     config, tokenizer = training._model_of(recipe)
-    tokens = np.array(tokenizer.encode_ordinary(Path(text).read_text()), dtype=np.uint16)
+    tokens = np.array(tokenizer.encode_ordinary(Path(text).read_text())[:1000], dtype=np.uint16)
     windows = data.Windows(tokens, recipe.context or 16, recipe.order, recipe.seed)
     return training.Trainer(recipe, config, windows, CPU)
 
@@ -195,6 +196,7 @@ def test_evaluation_is_the_mean_over_all_tokens(text: str, folder: str) -> None:
     model = ReferenceGPT2(ours.config)
     model.load_state_dict(ours.parameters)
     expected = 0.0
+    model.requires_grad_(False)
     for start in (0, 16, 32, 48, 58):
         x = torch.from_numpy(tokens[start : start + 17].astype(np.int64))
         each = F.cross_entropy(model(x[None, :-1])[0], x[1:], reduction="none")
@@ -226,14 +228,14 @@ def test_a_run_makes_a_model_that_transformers_loads(
     with torch.no_grad():
         assert torch.allclose(ours(x[None]), theirs(x[None]).logits, atol=1e-4)
     capsys.readouterr()
-    cli_status = 0
+    status = 0
     try:
         cli.main(
             ["generate", "the", "--model", str(out / "final"), "--max-tokens", "3", "--seed", "1", "--device", "cpu"]
         )
     except SystemExit as e:
-        cli_status = int(e.code or 0)
-    assert cli_status == 0 and capsys.readouterr().out.startswith("the")
+        status = int(e.code or 0)
+    assert status == 0 and capsys.readouterr().out.startswith("the")
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "dtype": "bfloat16"}], ids=["adamw", "muon bfloat16"])
@@ -283,11 +285,10 @@ def test_sigterm_saves_and_ends(text: str, folder: str, tmp_path: Path) -> None:
 def test_killed_again_and_again_it_ends_at_the_same_weights(
     capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path
 ) -> None:
-    """kill -9 at moments of no account, three times; what is left behind is gone on from."""
+    """kill -9 at moments of no account, twice; what is left behind is gone on from."""
     options = dict(steps=60, save_every=2, log_every=1, eval_every=30)
     assert run(capsys, text, folder, tmp_path / "clean", **options)[0] == 0
-    seen = []
-    for wait in (0.05, 0.31, 0.17):
+    for wait in (0.05, 0.31):
         child = process(arguments(text, folder, tmp_path / "killed", resume=True, **options))
         assert child.stderr is not None
         steps = iter(child.stderr)
@@ -295,7 +296,6 @@ def test_killed_again_and_again_it_ends_at_the_same_weights(
         time.sleep(wait)
         child.send_signal(signal.SIGKILL)
         child.communicate()
-        seen.append(checkpoint.steps(tmp_path / "killed" / "checkpoints")[-1:])
     status, err = run(capsys, text, folder, tmp_path / "killed", resume=True, **options)
     assert status == 0, err
     assert_same_state(*(tmp_path / name / "checkpoints" / "step-00000060" for name in ("clean", "killed")))
@@ -394,7 +394,7 @@ def test_a_disk_that_fills_up_loses_nothing(text: str, folder: str, tmp_path: Pa
     _, err = child.communicate(timeout=60)
     last = err.splitlines()[-1]
     assert child.returncode == 2 and "the checkpoint of step 2 could not be written to" in last, err
-    assert "there is no earlier checkpoint" in last
+    assert "there is no checkpoint yet" in last
     assert checkpoint.steps(tmp_path / "checkpoints") == [] and not list((tmp_path / "checkpoints").iterdir())
 
 
@@ -444,7 +444,9 @@ def test_flops_are_those_of_the_products() -> None:
     assert training.flops_per_token(PRESETS["gpt2"], t) == pytest.approx(3 * (2 * products + attention), rel=2e-3)
 
 
-def test_compiled_training_has_the_same_losses(text: str, folder: str) -> None:
+def test_compiled_training_has_the_same_losses(text: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, traced with its gradients; what inductor makes of it is PyTorch's affair, and takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     plain, compiled = trainer(text, folder), trainer(text, folder, compile=True)
     for _ in range(2):
         assert compiled.update()[0] == pytest.approx(plain.update()[0], rel=1e-5)
