@@ -194,6 +194,8 @@ from gpt2 import cli
 for arguments, expected in [
     (["--help"], 0), (["generate", "--help"], 0), ([], 2), (["generate", "x", "--bogus"], 2),
     (["generate", "-n", "0"], 2), (["generate", "--model", "nope"], 2), (["next", "--device", "tpu"], 2),
+    (["train", "--help"], 0), (["train", "--out", "x"], 2), (["train", "--data", "absent", "--out", "x"], 2),
+    (["train", "--data", ".", "--out", "x", "--steps", "0"], 2),
     (["generate", "\\udcff"], 2), (["batch"], 2), (["batch", "/nowhere/in.jsonl", "-o", "out.jsonl"], 2),
 ]:
     try:

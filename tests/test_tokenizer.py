@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2.config import PRESETS
-from gpt2.tokenizer import END_OF_TEXT, STORYBOOK, byte_characters, load_tokenizer
+from gpt2.tokenizer import END_OF_TEXT, STORYBOOK, byte_characters, load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT.parent / "shared" / "tiktoken-cache"
@@ -370,3 +370,36 @@ def test_byte_characters_are_those_of_the_tokenizers_library() -> None:
     split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for text in TEXTS[1:]:
         assert split.pre_tokenize_str(text)[0][0] == "".join(ours[b] for b in text.encode())
+
+
+def test_a_saved_tokenizer_is_the_same(tmp_path: Path, gpt2_cache: Path) -> None:
+    """GPT-2's vocabulary as a rank file; a folder's own files as they are, which order tokens otherwise."""
+    save_tokenizer("gpt2", tmp_path)
+    saved, original = load_tokenizer(tmp_path), load_tokenizer("gpt2")
+    assert saved.eot_token == original.eot_token == 50256
+    assert [saved.encode_ordinary(text) for text in TEXTS] == [original.encode_ordinary(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("names", [["tokenizer.tiktoken"], ["vocab.json", "merges.txt"], ["tokenizer.json"]])
+def test_a_folder_s_tokenizer_is_copied(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text(f"content of {name}")
+    (tmp_path / "other").mkdir()
+    save_tokenizer(tmp_path, tmp_path / "other")
+    assert {p.name: p.read_text() for p in (tmp_path / "other").iterdir()} == {n: f"content of {n}" for n in names}
+    with pytest.raises(ValueError, match="no tokenizer there"):
+        (tmp_path / "none").mkdir()
+        save_tokenizer(tmp_path / "none", tmp_path)
+
+
+def test_the_vocabulary_of_storybook_is_learned(tmp_path: Path) -> None:
+    """By its recipe on a small text: every byte, then merges; too small a text is refused."""
+    pytest.importorskip("tokenizers")
+    from gpt2.storybook import vocabulary
+
+    (tmp_path / "text.txt").write_text("low lower lowest\n<|endoftext|>\nnew newer newest " * 3)
+    vocabulary.learn(tmp_path / "text.txt", tmp_path / "tokenizer.tiktoken", 260)
+    encoding = load_tokenizer(tmp_path)
+    assert encoding.eot_token == 259 and len(encoding.encode_ordinary(" low")) < 4
+    with pytest.raises(ValueError, match="the text must have 3999 tokens that occur twice, got"):
+        vocabulary.learn(tmp_path / "text.txt", tmp_path / "x", 4000)

@@ -458,3 +458,10 @@ def test_the_result_of_a_recipe_does_not_depend_on_how_it_is_watched() -> None:
         "batch_size", "context", "order", "optimizer", "lr", "schedule", "min_lr", "warmup", "weight_decay", "clip",
         "dtype", "seed",
     } <= set(names)  # fmt: skip
+
+
+def test_the_losses_are_drawn_where_there_is_matplotlib(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "val_loss": 2.5}\n{"step": 3, "lo')
+    training.plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
