@@ -8,6 +8,12 @@ Every active lane of every load, store and atomic must fall on an element of som
 beside it, not in a hole of a strided view, not across an element's border. Within one launch, two programs must not
 store the same element, nor one load what another stores. Programs run in random order, since on a GPU there is none.
 
+Atomics may order programs, and then sharing is no race: what a program stored or loaded before a `tl.debug_barrier()`
+and then released by an atomic of one address is ordered before what another does that acquires it from there. Nothing
+less counts: a relaxed atomic orders nothing, nor does one without a barrier before it, which waits for its own thread
+alone, nor an atomic of many addresses. An element that is updated atomically may be loaded or stored by the program
+whose atomic was the last on it.
+
 Kernels run on copies of the storages of their arguments, each between two red zones, and what they stored is copied
 back: an overrun of one argument can then never look like a legal access of its neighbour. A storage above
 IN_PLACE_BYTES stays where it is, so that a test may use a lazily committed buffer of any size: nothing here grows with
@@ -27,12 +33,15 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
 from triton.runtime.errors import InterpreterError
 
 IN_PLACE_BYTES = 256 << 20  # larger storages are neither copied nor given red zones
 TRACKED_ELEMENTS = 1 << 26  # larger arguments are bounds-checked alone: no races, no unwritten()
 SEVERAL_PROGRAMS = -1  # in Region.reader
+ACQUIRES = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
+RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 
 
 class MemoryFault(InterpreterError):
@@ -80,7 +89,9 @@ class Region:
         tracked = self.count if self.tracked else 0
         self.writer = np.zeros(tracked, np.int32)  # 0 = nobody, else the program's number + 1
         self.reader = np.zeros(tracked, np.int32)  # the same, or SEVERAL_PROGRAMS
-        self.atomic = np.zeros(tracked, bool)
+        self.atomic = np.zeros(tracked, np.int32)  # as writer: whose atomic was the last
+        self.written = np.zeros(tracked, np.int32)  # how many barriers the writer had passed
+        self.read = np.zeros(tracked, np.int32)  # and the reader
 
     def ordinals(self, offsets: np.ndarray) -> np.ndarray:
         """Element offsets from the start -> the elements' numbers within the view, -1 for those in a hole."""
@@ -174,9 +185,12 @@ class Sanitizer:
         self.kernel = ""
         self.regions: list[Region] = []
         self.copies = Copies(0, set())
-        self.order: list[int] = []  # the program that runs n-th
+        self.program_order: list[int] = []  # the program that runs n-th
         self.program = 0
-        self.ordered_by_atomics = False
+        # Vector clocks, which count barriers: what program p did before its n-th one is known to whoever knows n of p.
+        self.barriers = 0  # that the running program has passed
+        self.known: dict[int, int] = {}  # to the running program
+        self.clocks: dict[int, dict[int, int]] = {}  # address of an atomic -> what whoever acquires it gets to know
 
     def unwritten(self, name: str) -> int:
         """How many elements of argument `name` the last launch neither stored nor updated atomically."""
@@ -188,7 +202,7 @@ class Sanitizer:
             raise ValueError(
                 f"unwritten: {name} has {region.count} elements, more than {TRACKED_ELEMENTS} are not tracked"
             )
-        return int(np.count_nonzero((region.writer == 0) & ~region.atomic))
+        return int(np.count_nonzero((region.writer == 0) & (region.atomic == 0)))
 
     def begin_launch(self, kernel: str, names: Sequence[str], args: Sequence, kwargs: dict) -> tuple[list, dict]:
         """Starts the records of a launch; returns its arguments with copies in place of tensors."""
@@ -202,23 +216,36 @@ class Sanitizer:
         self.regions = [Region(name, tensor) for name, tensor in tensors if tensor.numel() > 0]
         self.kernel = kernel
         self.launches += 1
-        self.ordered_by_atomics = False
+        self.clocks = {}
         return args, kwargs
 
     def end_launch(self) -> None:
         self.copies.copy_back(self.regions)
 
     def order_programs(self, number: int) -> None:
-        self.order = list(range(number))
+        self.program_order = list(range(number))
         if self.shuffle:
-            self.random.shuffle(self.order)
+            self.random.shuffle(self.program_order)
+
+    def begin_program(self, program: int) -> None:
+        self.program, self.barriers, self.known = program, 0, {}
+
+    def order(self, addresses: np.ndarray, semantic: ir.MEM_SEMANTIC) -> None:
+        """What an atomic of one address tells its program, and whoever acquires that address later."""
+        if addresses.size != 1:
+            return
+        clock = self.clocks.setdefault(int(addresses.flat[0]), {})
+        if semantic in ACQUIRES:
+            self.known = {p: max(self.known.get(p, 0), clock.get(p, 0)) for p in self.known.keys() | clock.keys()}
+        if semantic in RELEASES:
+            mine = {**self.known, self.program: self.barriers}
+            clock.update({p: max(n, clock.get(p, 0)) for p, n in mine.items()})
 
     def check(self, addresses: np.ndarray, mask: np.ndarray, width: int, kind: str) -> None:
         """One access: `addresses` of all lanes, `width` bytes at each active one; kind is load, store or atomic."""
         addresses = addresses[np.broadcast_to(np.asarray(mask, bool), addresses.shape)]  # some masks come as int8
         if addresses.size == 0:
             return
-        self.ordered_by_atomics |= kind == "atomic"
         lowest, highest = int(addresses.min()), int(addresses.max())
         legal = np.zeros(addresses.size, bool)
         for region in self.regions:  # all of them: views of one storage interleave (q, k and v of a fused projection)
@@ -244,41 +271,50 @@ class Sanitizer:
             self._record(region, ordinals[on_element], addresses[lanes[on_element]], kind)
 
     def _record(self, region: Region, elements: np.ndarray, addresses: np.ndarray, kind: str) -> None:
-        """Notes who touched which elements, and raises on a race.
-
-        From a launch's first atomic on, programs may be ordered by it (a ticket, a last block that adds up), and races
-        between programs are no longer reported.
-        """
+        """Notes who touched which elements, and raises on a race."""
         me = self.program + 1
-        if kind == "atomic":
-            region.atomic[elements] = True
-            return
-        if self.races and not self.ordered_by_atomics:
+        if self.races:
             self._raise_race(region, elements, addresses, kind)
-        if kind == "store":
+        if kind == "atomic":
+            region.atomic[elements] = me
+        elif kind == "store":
             if self.races:
                 self._raise_duplicate(region, elements, addresses)
             region.writer[elements] = me
+            region.written[elements] = self.barriers
         elif self.races:
             readers = region.reader[elements]
-            region.reader[elements] = np.where((readers == 0) | (readers == me), me, SEVERAL_PROGRAMS)
+            alone = (readers == 0) | (readers == me) | self._ordered(readers, region.read[elements])
+            region.reader[elements] = np.where(alone, me, SEVERAL_PROGRAMS)
+            region.read[elements] = self.barriers
+
+    def _ordered(self, programs: np.ndarray, barriers: np.ndarray) -> np.ndarray:
+        """Whether what each program (its number + 1) did after so many barriers is over, as this program knows."""
+        known = np.zeros(barriers.shape, np.int32)
+        for program, number in self.known.items():
+            known[programs == program + 1] = number
+        return barriers < known
 
     def _raise_race(self, region: Region, elements: np.ndarray, addresses: np.ndarray, kind: str) -> None:
-        """One program loads or stores what another program of this launch stores."""
+        """One program loads, stores or updates what another program of this launch stores, or updates what it loads."""
         me = self.program + 1
-        writers = region.writer[elements]
-        conflict = (writers != 0) & (writers != me)
-        if conflict.any():
-            first = int(np.argmax(conflict))
-            what = "load of" if kind == "load" else "store to"
-            note = f"; program number {writers[first] - 1} stored it"
-            raise self._fault(f"race: {what} an element that another program stored", addresses[first], note)
-        if kind == "store":
-            readers = region.reader[elements]
-            conflict = (readers != 0) & (readers != me)
+        what = {"load": "load of", "store": "store to", "atomic": "atomic on"}[kind]
+
+        def race(programs: np.ndarray, over: np.ndarray | bool, did: str) -> None:
+            conflict = (programs != 0) & (programs != me) & ~np.asarray(over)
             if conflict.any():
                 first = int(np.argmax(conflict))
-                raise self._fault("race: store to an element that another program loaded", addresses[first])
+                who = "" if programs[first] < 0 else f"; program number {programs[first] - 1} {did} it"
+                message = f"race: {what} an element that another program {did}"
+                raise self._fault(message, addresses[first], who)
+
+        writers, readers = region.writer[elements], region.reader[elements]
+        if writers.any():
+            race(writers, self._ordered(writers, region.written[elements]), "stored")
+        if kind != "load" and readers.any():
+            race(readers, self._ordered(readers, region.read[elements]), "loaded")
+        if kind != "atomic":
+            race(region.atomic[elements], False, "updated atomically")
 
     def _raise_duplicate(self, region: Region, elements: np.ndarray, addresses: np.ndarray) -> None:
         """One store has two lanes with the same address: which of them wins is undefined."""
@@ -378,19 +414,29 @@ def _hook_store(original):
 
 
 def _hook_rmw(original):
-    def create_atomic_rmw(self, operation, pointers, value, mask, *rest):
+    def create_atomic_rmw(self, operation, pointers, value, mask, semantic, *rest):
         _watching[-1].check(pointers.data, mask.data, _width(pointers), "atomic")
-        return original(self, operation, pointers, value, mask, *rest)
+        _watching[-1].order(pointers.data[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)], semantic)
+        return original(self, operation, pointers, value, mask, semantic, *rest)
 
     return create_atomic_rmw
 
 
 def _hook_cas(original):
-    def create_atomic_cas(self, pointers, *rest):
+    def create_atomic_cas(self, pointers, expected, value, semantic, *rest):
         _watching[-1].check(pointers.data, np.ones(1, bool), _width(pointers), "atomic")
-        return original(self, pointers, *rest)
+        _watching[-1].order(pointers.data, semantic)
+        return original(self, pointers, expected, value, semantic, *rest)
 
     return create_atomic_cas
+
+
+def _hook_barrier(original):
+    def create_barrier(self):
+        _watching[-1].barriers += 1
+        return original(self)
+
+    return create_barrier
 
 
 def _hook_grid_dim(original):
@@ -404,8 +450,8 @@ def _hook_grid_dim(original):
 def _hook_grid_idx(original):
     def set_grid_idx(self, x, y, z):
         _, height, depth = self.grid_dim
-        program = _watching[-1].order[(x * height + y) * depth + z]
-        _watching[-1].program = program
+        program = _watching[-1].program_order[(x * height + y) * depth + z]
+        _watching[-1].begin_program(program)
         original(self, program // (height * depth), program // depth % height, program % depth)
 
     return set_grid_idx
@@ -455,6 +501,7 @@ HOOKS = (
     (stock.InterpreterBuilder, "create_masked_store", _hook_store),
     (stock.InterpreterBuilder, "create_atomic_rmw", _hook_rmw),
     (stock.InterpreterBuilder, "create_atomic_cas", _hook_cas),
+    (stock.InterpreterBuilder, "create_barrier", _hook_barrier),
     (stock.InterpreterBuilder, "set_grid_dim", _hook_grid_dim),
     (stock.InterpreterBuilder, "set_grid_idx", _hook_grid_idx),
     (stock.GridExecutor, "_init_args_hst", _hook_arguments),

@@ -533,11 +533,9 @@ def test_misaligned_access_and_access_across_the_end():
 
 
 @triton.jit
-def program_kernel(x_ptr, y_ptr, load_at, store_at, TICKET: tl.constexpr):
-    """Program p loads x[p % load_at] and stores y[p % store_at]; with TICKET, an atomic comes first."""
+def program_kernel(x_ptr, y_ptr, load_at, store_at):
+    """Program p loads x[p % load_at] and stores y[p % store_at]."""
     program = tl.program_id(0)
-    if TICKET:
-        tl.atomic_add(x_ptr + 8, 1.0)
     x = tl.load(x_ptr + program % load_at)
     tl.store(y_ptr + program % store_at, x + program)
 
@@ -545,12 +543,11 @@ def program_kernel(x_ptr, y_ptr, load_at, store_at, TICKET: tl.constexpr):
 def test_two_programs_that_store_one_element():
     x, y = torch.zeros(9), torch.zeros(9)
     with sanitize(), pytest.raises(MemoryFault, match="race: store to an element that another program stored"):
-        program_kernel[(4,)](x, y, 4, 3, False)
+        program_kernel[(4,)](x, y, 4, 3)
     with sanitize():
-        program_kernel[(4,)](x, y, 4, 3, True)
-        program_kernel[(4,)](x, y, 4, 4, False)
+        program_kernel[(4,)](x, y, 4, 4)
     with sanitize(races=False):
-        program_kernel[(4,)](x, y, 4, 3, False)
+        program_kernel[(4,)](x, y, 4, 3)
 
 
 def test_a_program_that_loads_what_another_stores():
@@ -559,7 +556,7 @@ def test_a_program_that_loads_what_another_stores():
         sanitize(shuffle=False),
         pytest.raises(MemoryFault, match="race: load of an element that another program stored"),
     ):
-        program_kernel[(4,)](x, x, 2, 4, False)
+        program_kernel[(4,)](x, x, 2, 4)
 
 
 @triton.jit
@@ -576,6 +573,74 @@ def test_a_program_that_stores_what_another_loaded():
         pytest.raises(MemoryFault, match="race: store to an element that another program loaded"),
     ):
         loads_ahead_kernel[(4,)](torch.zeros(4), 4)
+
+
+@triton.jit
+def last_adds_kernel(
+    x_ptr, ticket_ptr, y_ptr, LAST: tl.constexpr, BARRIER: tl.constexpr, LATE: tl.constexpr, SEM: tl.constexpr
+):
+    """Each program stores an element of x; the one with ticket LAST adds them all up and takes the tickets back."""
+    program = tl.program_id(0)
+    if not LATE:
+        tl.store(x_ptr + program, program + 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    ticket = tl.atomic_add(ticket_ptr, 1, sem=SEM)
+    if LATE:
+        tl.store(x_ptr + program, program + 1.0)
+    if ticket == LAST:
+        tl.store(y_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, 4)), 0))
+        tl.store(ticket_ptr, 0)
+
+
+def test_the_last_program_adds_up_what_the_others_stored() -> None:
+    x, ticket, y = torch.zeros(4), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    for _ in range(2):
+        with sanitize():
+            last_adds_kernel[(4,)](x, ticket, y, 3, True, False, "acq_rel")
+        assert (y.item(), ticket.item()) == (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"SEM": "relaxed"}, "load of an element that another program stored"),
+        ({"SEM": "release"}, "load of an element that another program stored"),
+        ({"SEM": "acquire"}, "load of an element that another program stored"),
+        ({"BARRIER": False}, "load of an element that another program stored"),
+        ({"LATE": True}, "load of an element that another program stored"),
+        (
+            {"LAST": 2},
+            "store to an element that another program loaded|atomic on an element that another program stored",
+        ),
+    ],
+    ids=str,
+)
+def test_a_last_program_that_knows_too_little(change: dict, message: str) -> None:
+    """An atomic that does not order, one that the stores do not come before, and one that is not the last."""
+    x, ticket, y = torch.zeros(4), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    options = {"LAST": 3, "BARRIER": True, "LATE": False, "SEM": "acq_rel"} | change
+    with sanitize(), pytest.raises(MemoryFault, match=f"race: ({message})"):
+        last_adds_kernel[(4,)](x, ticket, y, **options)
+
+
+@triton.jit
+def counted_kernel(x_ptr, ATOMIC_FIRST: tl.constexpr):
+    """Each program updates x and loads it."""
+    if ATOMIC_FIRST:
+        tl.atomic_add(x_ptr, 1.0)
+    tl.load(x_ptr)
+    if not ATOMIC_FIRST:
+        tl.atomic_add(x_ptr, 1.0)
+
+
+def test_an_atomic_and_a_load_of_one_element() -> None:
+    with sanitize():
+        counted_kernel[(1,)](torch.zeros(1), True)
+    with sanitize(), pytest.raises(MemoryFault, match="race: atomic on an element that another program loaded"):
+        counted_kernel[(2,)](torch.zeros(1), True)
+    with sanitize(), pytest.raises(MemoryFault, match="race: load of an element that another program updated"):
+        counted_kernel[(2,)](torch.zeros(1), False)
 
 
 @triton.jit

@@ -100,6 +100,28 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+_tickets: dict[tuple[int, int, int], torch.Tensor] = {}
+
+
+def tickets(number: int, device: torch.device) -> torch.Tensor:
+    """At least that many int32 zeros, for programs that count each other; the kernel leaves them zero, for the next.
+
+    Launches on one stream follow each other and share them. A CUDA graph captures their address, so they live for ever,
+    and two graphs captured on one stream must not be replayed at the same time. What a stream has not used before it is
+    captured is zeroed in the graph, at each replay: warm up on the stream that captures to save those launches.
+    """
+    if device.type != "cuda":
+        return torch.zeros(number, dtype=torch.int32, device=device)  # a kernel that fails there may leave others
+    size = max(4096, 1 << (number - 1).bit_length())  # a size that a graph holds stays when a larger one is needed
+    key = device.index, driver.active.get_current_stream(device.index), size
+    found = _tickets.get(key)
+    if found is None:
+        found = torch.zeros(size, dtype=torch.int32, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            _tickets[key] = found
+    return found
+
+
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
     """Take one path on CPU tensors whatever the machine offers: "triton", "native" or "torch". For tests and tools."""

@@ -15,21 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, _native, _runtime, reference
+from gpt2_kernels import _check, _native, _paged_decode, _runtime, reference
 from gpt2_kernels._runtime import launch, register, tl, triton
 
 LOG2_E = 1.4426950408889634
 
-# Decode (one query a sequence) and prefill each have one tile, whatever the batch. (BLOCK_M, BLOCK_N, warps, stages):
-# compiled for sm_80, sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a GPU.
-# (compute capability from, element size, head dimension up to) -> tile. Full float32 products run on the CUDA cores,
-# hence more warps there.
-DECODE = {
-    (0, 2, 128): (16, 64, 4, 3),
-    (0, 2, 256): (16, 32, 8, 2),
-    (0, 4, 64): (16, 32, 8, 2),
-    (0, 4, 256): (16, 16, 8, 2),
-}
+# (compute capability from, element size, head dimension up to) -> (BLOCK_M, BLOCK_N, warps, stages) of prefill,
+# whatever the batch: compiled for sm_80, sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a
+# GPU. Full float32 products run on the CUDA cores, hence more warps there.
 PREFILL = {
     (0, 2, 64): (64, 64, 4, 2),
     (0, 2, 256): (32, 32, 4, 2),
@@ -135,7 +128,7 @@ def paged_attention_kernel(
         tl.store(out_ptr + (rows[:, None] * H + h) * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=q_inside)
 
 
-def _launch(
+def _prefill(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -143,23 +136,16 @@ def _launch(
     context_lens: Tensor,
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
-    scale: float,
+    scale_log2: float,
     window: int,
     out: Tensor,
 ) -> None:
-    """Writes the rows of all sequences, MAX_SEQUENCES of them at a time: they have nothing to do with each other."""
+    """Launches the kernel: rows of q with keys in out."""
     H, D = q.shape[1:]
-    S = context_lens.shape[0]
-    if S > MAX_SEQUENCES:
-        for first in range(0, S, MAX_SEQUENCES):
-            last = first + MAX_SEQUENCES
-            indices = block_table[first:last], context_lens[first:last], cu_seqlens_q[first : last + 1]
-            _launch(q, k_cache, v_cache, *indices, max_seqlen_q, scale, window, out)
-        return
-    block_m, block_n, warps, stages = _check.tile_for(DECODE if max_seqlen_q == 1 else PREFILL, q)
+    block_m, block_n, warps, stages = _check.tile_for(PREFILL, q)
     launch(
         paged_attention_kernel,
-        (H, S, _check.cdiv(max_seqlen_q, block_m)),
+        (H, context_lens.shape[0], _check.cdiv(max_seqlen_q, block_m)),
         q,
         k_cache,
         v_cache,
@@ -176,7 +162,7 @@ def _launch(
         k_cache.shape[1],
         k_cache.shape[0],
         window,
-        scale * LOG2_E,
+        scale_log2,
         D=D,
         WINDOW=window > 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -201,10 +187,21 @@ def _paged_triton(
     window: int,
 ) -> Tensor:
     q, block_table = _check.unit_last_stride(q), _check.unit_last_stride(block_table)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # rows past the last sequence stay 0
-    if out.numel() and context_lens.numel() and max_seqlen_q:
-        context_lens, cu_seqlens_q = context_lens.contiguous(), cu_seqlens_q.contiguous()
-        _launch(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, max_seqlen_q, scale, window, out)
+    context_lens, cu_seqlens_q = context_lens.contiguous(), cu_seqlens_q.contiguous()
+    if max_seqlen_q == 1 and q.numel() and context_lens.numel():
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # the kernel writes all of it
+    else:
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # rows past the last sequence stay 0
+    if out.numel() and max_seqlen_q:
+        sequences = context_lens.shape[0]
+        for first in range(0, sequences, MAX_SEQUENCES):  # they have nothing to do with each other
+            last = min(first + MAX_SEQUENCES, sequences)
+            indices = block_table[first:last], context_lens[first:last], cu_seqlens_q[first : last + 1]
+            if max_seqlen_q == 1:
+                rows = q.shape[0] if last == sequences else 0
+                _paged_decode.decode(q, k_cache, v_cache, *indices, scale * LOG2_E, window, out, rows)
+            else:
+                _prefill(q, k_cache, v_cache, *indices, max_seqlen_q, scale * LOG2_E, window, out)
     return out
 
 

@@ -1,0 +1,284 @@
+"""Paged attention of one query a sequence: the keys are cut into splits, and all is done by one launch.
+
+A split is SPLIT keys, counted from position 0 and never by batch, so that the tree of sums depends on the sequence
+alone. One program attends to one split of one sequence, for one head, or for up to 16 heads that read the same keys. It
+leaves (sum of p v, maximum, sum of p) in a scratch buffer and takes a ticket; whoever takes the last ticket of its
+sequence and head adds the parts up in order of position. A sequence of one split needs neither.
+
+Bytes of a program at D = 64 in bfloat16: 256 keys and values of 128 bytes, 64 KiB, read once, and 272 bytes of scratch
+written and read, 0.8 %. Arithmetic: 4 SPLIT D FLOPs a head, 1 a byte where every head has keys of its own (H = Hkv).
+A tensor-core tile would compute 16 rows for the one that is wanted, after a passage through shared memory; instead keys
+and values go from memory into registers, 16 bytes a load, and are multiplied there in float32: some 30 instructions of
+a warp a key, where the memory's pace leaves time for 50. Nothing depends on a load of the same split but the lookup in
+the table, so that a program has all its 64 KiB in flight at once; memory of 4.3 TB/s and 0.8 us of latency need 26 KiB
+a multiprocessor, and two programs are resident on each.
+Where heads share keys (H > Hkv), the arithmetic is that much more for the same bytes: tensor cores, through a pipeline
+of tiles in shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2_kernels import _check, _runtime
+from gpt2_kernels._runtime import launch, tl, triton
+
+# (compute capability from, element size, head dimension up to) -> (SPLIT, BLOCK_N, warps, stages). Compiled for sm_80,
+# sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a GPU. The first table is for heads that
+# have keys of their own, and its BLOCK_N is what registers hold.
+ONE_HEAD = {
+    (0, 2, 64): (256, 256, 8, 1),
+    (0, 2, 128): (256, 128, 8, 1),
+    (0, 2, 256): (256, 64, 8, 1),
+    (0, 4, 64): (256, 128, 8, 1),
+    (0, 4, 128): (256, 64, 8, 1),
+    (0, 4, 256): (256, 16, 8, 1),
+}
+SHARED_KEYS = {
+    (0, 2, 128): (256, 64, 4, 3),
+    (0, 2, 256): (256, 32, 8, 2),
+    (0, 4, 64): (256, 32, 8, 2),
+    (0, 4, 256): (256, 16, 8, 2),
+}
+MAX_HEADS = 16  # that share keys and that one program serves: rows of a tensor-core tile
+COMBINED = 4096  # numbers of scratch that a combining program reads at a time
+
+
+@triton.jit(
+    # What a batch decides: one compiled variant serves them all, and any slice of their index tensors.
+    do_not_specialize=["stride_table", "num_blocks", "capacity", "all_rows", "window"],
+    do_not_specialize_on_alignment=["table_ptr", "context_lens_ptr", "cu_seqlens_ptr"],
+)
+def paged_decode_kernel(
+    q_ptr,  # (Nq, H, D)
+    k_cache_ptr,  # (num_blocks, BLOCK_SIZE, Hkv, D)
+    v_cache_ptr,  # (num_blocks, BLOCK_SIZE, Hkv, D)
+    table_ptr,  # (S, max_blocks) int32
+    context_lens_ptr,  # (S,) int32
+    cu_seqlens_ptr,  # (S + 1,) int32
+    parts_ptr,  # (S, H, splits, PART): D sums of p v, the maximum, the sum of p
+    tickets_ptr,  # (S, groups) int32, zeros
+    out_ptr,  # (Nq, H, D), contiguous
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_table,
+    H,
+    queries_per_kv,
+    num_blocks,
+    capacity,  # keys that a row of the table has room for
+    all_rows,  # Nq in the launch of the last sequence, else 0
+    window,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COMBINE: tl.constexpr,
+    PART: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program owns SPLIT keys of HEADS heads of one sequence; the last of a sequence adds its splits in order."""
+    group = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    groups_per_kv = tl.cdiv(queries_per_kv, HEADS)
+    kv_head = (group // groups_per_kv).to(tl.int64)
+    member = group % groups_per_kv * HEADS + tl.arange(0, HEADS)
+    head = kv_head * queries_per_kv + member  # (HEADS,)
+    d = tl.arange(0, BLOCK_D)
+    wanted = (member < queries_per_kv)[:, None] & (d < D)[None, :]  # (HEADS, BLOCK_D)
+    out_at = out_ptr + head[:, None] * D + d[None, :]
+
+    row = tl.load(cu_seqlens_ptr + sequence)
+    queries = tl.load(cu_seqlens_ptr + sequence + 1) - row
+    if (split == 0) & (sequence == tl.num_programs(1) - 1):
+        behind = (row + queries).to(tl.int64)
+        while behind < all_rows:  # rows behind the last sequence
+            tl.store(out_at + behind * H * D, tl.zeros([HEADS, BLOCK_D], out_ptr.dtype.element_ty), mask=wanted)
+            behind += 1
+
+    context = tl.load(context_lens_ptr + sequence)
+    tl.device_assert((queries == 0) | (queries == 1), "paged_attention: more queries than max_seqlen_q")
+    tl.device_assert((context >= 0) & (context <= capacity), "paged_attention: context_lens outside the table")
+    context = tl.minimum(tl.maximum(context, 0), capacity)  # or the last ticket would never be taken
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(context - window, 0)
+    first = begin // SPLIT
+    parts = tl.maximum(tl.cdiv(context, SPLIT) - first, 1)  # one, with no key in it, where there is no context
+    part = split - first
+    if (queries > 0) & (part >= 0) & (part < parts):
+        row64 = row.to(tl.int64)
+        q_row = q_ptr + row64 * stride_qn
+        if HEADS == 1:
+            m = -float("inf")
+            l = 0.0
+            acc = tl.zeros([BLOCK_D], tl.float32)
+        else:
+            q = tl.load(q_row + head[:, None] * stride_qh + d[None, :], mask=wanted, other=0.0)  # (HEADS, BLOCK_D)
+            m = tl.full([HEADS], -float("inf"), tl.float32)
+            l = tl.zeros([HEADS], tl.float32)
+            acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
+        start = tl.maximum(split * SPLIT, begin // BLOCK_N * BLOCK_N)
+        end = tl.minimum(split * SPLIT + SPLIT, context)
+        for n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+            j = n + tl.arange(0, BLOCK_N)
+            there = j < end
+            block = tl.load(table_ptr + sequence * stride_table + j // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+            tl.device_assert(
+                (block >= 0) & (block < num_blocks), "paged_attention: block outside the cache", mask=there
+            )
+            offset = (j % BLOCK_SIZE).to(tl.int64)  # strides may be any
+            k_at = block * stride_kb + offset * stride_kt + kv_head * stride_kh
+            v_at = block * stride_vb + offset * stride_vt + kv_head * stride_vh
+            inside = there[:, None] & (d < D)[None, :]
+            k = tl.load(k_cache_ptr + k_at[:, None] + d[None, :], mask=inside, other=0.0)  # (BLOCK_N, BLOCK_D)
+            v = tl.load(v_cache_ptr + v_at[:, None] + d[None, :], mask=inside, other=0.0)
+            keep = there
+            if WINDOW:
+                keep = keep & (j >= begin)
+            # Every tile has a key that counts: no maximum stays -inf but that of a split without keys.
+            if HEADS == 1:
+                # The compiler would put off loading values until it has multiplied keys: it has no q before this point.
+                tl.debug_barrier()
+                q = tl.load(q_row + kv_head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32) * scale_log2
+                s = tl.where(keep, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))  # (BLOCK_N,)
+                m_new = tl.maximum(m, tl.max(s, 0))
+                p = tl.exp2(s - m_new)
+                rescale = tl.exp2(m - m_new)
+                l = l * rescale + tl.sum(p, 0)
+                acc = acc * rescale + tl.sum(p[:, None] * v.to(tl.float32), 0)
+            else:
+                s = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2  # (HEADS, BLOCK_N)
+                s = tl.where(keep[None, :], s, -float("inf"))
+                m_new = tl.maximum(m, tl.max(s, 1))
+                p = tl.exp2(s - m_new[:, None])
+                rescale = tl.exp2(m - m_new)
+                l = l * rescale + tl.sum(p, 1)
+                acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            m = m_new
+        if HEADS == 1:
+            m = tl.zeros([1], tl.float32) + m
+            l = tl.zeros([1], tl.float32) + l
+            acc = acc[None, :]
+
+        out_at += row64 * H * D
+        if parts == 1:
+            out = acc / tl.where(l > 0.0, l, 1.0)[:, None]  # a query with no key gives 0
+            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=wanted)
+        else:
+            # A row of scratch for each head and part; the parts of a head lie side by side.
+            rows = (sequence * H + head) * tl.num_programs(2)  # (HEADS,)
+            mine = parts_ptr + (rows + part) * PART
+            tl.store(mine[:, None] + d[None, :], acc, mask=wanted)
+            tl.store(mine + D, m, mask=member < queries_per_kv)
+            tl.store(mine + D + 1, l, mask=member < queries_per_kv)
+            tl.debug_barrier()  # the whole program has stored before its one ticket is taken
+            ticket_at = tickets_ptr + sequence * tl.num_programs(0) + group
+            # Release what was stored here, acquire what the others stored.
+            if tl.atomic_add(ticket_at, 1, sem="acq_rel") == parts - 1:
+                _combine(parts_ptr, rows, parts, d, member < queries_per_kv, out_at, D, COMBINE, PART)
+                tl.store(ticket_at, 0)  # for the next launch
+
+
+@triton.jit
+def _combine(parts_ptr, rows, parts, d, real, out_at, D: tl.constexpr, COMBINE: tl.constexpr, PART: tl.constexpr):
+    """Adds the parts of each head, COMBINE at a time and in order, and stores the row that they make."""
+    HEADS: tl.constexpr = rows.shape[0]
+    m = tl.full([HEADS], -float("inf"), tl.float32)
+    l = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, d.shape[0]], tl.float32)
+    for first in tl.range(0, parts, COMBINE):
+        part = first + tl.arange(0, COMBINE)
+        at = parts_ptr + (part[:, None] + rows[None, :]) * PART  # (COMBINE, HEADS)
+        there = (part < parts)[:, None] & real[None, :]
+        # .cg: from L2, where the other programs left them
+        m_part = tl.load(at + D, mask=there, other=-float("inf"), cache_modifier=".cg")
+        l_part = tl.load(at + D + 1, mask=there, other=0.0, cache_modifier=".cg")
+        acc_part = tl.load(
+            at[:, :, None] + d[None, None, :],
+            mask=there[:, :, None] & (d < D)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # (COMBINE, HEADS, BLOCK_D)
+        m_new = tl.maximum(m, tl.max(m_part, 0))
+        shift = tl.where(real, m_new, 0.0)  # rows of no head: exp2(-inf) = 0
+        weight = tl.exp2(m_part - shift[None, :])
+        rescale = tl.exp2(m - shift)
+        l = l * rescale + tl.sum(l_part * weight, 0)
+        acc = acc * rescale[:, None] + tl.sum(acc_part * weight[:, :, None], 0)
+        m = m_new
+    out = acc / l[:, None]
+    tl.store(out_at, out.to(out_at.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale_log2: float,
+    window: int,
+    out: Tensor,
+    all_rows: int,
+) -> None:
+    """Launches the kernel: rows of q with keys in out, and those from cu_seqlens_q[-1] up to all_rows as zeros."""
+    (H, D), (num_blocks, block_size, Hkv) = q.shape[1:], k_cache.shape[:3]
+    S, max_blocks = block_table.shape
+    heads = 1 if H == Hkv else MAX_HEADS
+    split, block_n, warps, stages = _check.tile_for(ONE_HEAD if heads == 1 else SHARED_KEYS, q)
+    groups = Hkv * _check.cdiv(H // Hkv, heads)
+    block_d = max(16, _check.power_of_2(D))
+    splits = max(1, _check.cdiv(max_blocks * block_size, split))  # the host's bound: no look at context_lens
+    part = 4 * _check.cdiv(D + 2, 4)  # whole 16 bytes
+    parts = torch.empty(S * H * splits * part if splits > 1 else 0, dtype=torch.float32, device=q.device)
+    launch(
+        paged_decode_kernel,
+        (groups, S, splits),
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        context_lens,
+        cu_seqlens_q,
+        parts,
+        _runtime.tickets(S * groups, q.device),
+        out,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_table.stride(0),
+        H,
+        H // Hkv,
+        num_blocks,
+        max_blocks * block_size,
+        all_rows,
+        window,
+        scale_log2,
+        D=D,
+        BLOCK_SIZE=block_size,
+        WINDOW=window > 0,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        HEADS=heads,
+        SPLIT=split,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        COMBINE=min(16, max(1, COMBINED // (heads * block_d))),
+        PART=part,
+        STAGES=stages,
+        num_warps=warps,
+        num_stages=stages,
+    )
