@@ -53,6 +53,10 @@ def cases() -> dict[str, Callable[[], object]]:
         found[f"attention D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _attention(_qkv(D, dtype))
         found[f"paged decode D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _paged(D, dtype, 1)
         found[f"paged prefill D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _paged(D, dtype, 7)
+    for dtype, D in itertools.product((torch.bfloat16, torch.float32), (64, 80, 128, 256)):
+        found[f"paged decode grouped D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _paged(D, dtype, 1, H=12)
+    found["paged decode D=64 bf16 window"] = lambda: _paged(64, torch.bfloat16, 1, window=100)
+    found["paged decode D=64 fp16"] = lambda: _paged(64, torch.float16, 1)
     found["attention D=64 fp16"] = lambda: _attention(_qkv(64, torch.float16))
     found["attention D=64 bf16 window"] = lambda: _attention(_qkv(64, torch.bfloat16), window=128)
     found["attention D=64 bf16 full"] = lambda: _attention(_qkv(64, torch.bfloat16), causal=False)
@@ -107,10 +111,22 @@ def _attention(qkv: tuple[Tensor, ...], packed: bool = False, **options: Any) ->
         return torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
 
 
-def _paged(D: int, dtype: torch.dtype, max_seqlen: int, S: int = 16, max_blocks: int = 32) -> Tensor:
-    cache = torch.empty(64, 4, 16, D, dtype=dtype).transpose(1, 2)
+def _paged(
+    D: int,
+    dtype: torch.dtype,
+    max_seqlen: int,
+    *,
+    H: int = 4,
+    S: int = 16,
+    rows: int = 64,
+    num_blocks: int = 64,
+    max_blocks: int = 32,
+    window: int | None = None,
+) -> Tensor:
+    cache = torch.empty(num_blocks, 4, 16, D, dtype=dtype).transpose(1, 2)
     table, lens, cu = (torch.zeros(shape, dtype=torch.int32) for shape in ((S, max_blocks), (S,), (S + 1,)))
-    return ops.paged_attention(torch.empty(max(64, S), 4, D, dtype=dtype), cache, cache, table, lens, cu, max_seqlen)
+    q = torch.empty(max(rows, S), H, D, dtype=dtype)
+    return ops.paged_attention(q, cache, cache, table, lens, cu, max_seqlen, window=window)
 
 
 def _map(D: int, dtype: torch.dtype, window: int | None, causal: bool = True, rows: int = 256, Tk: int = 256) -> object:
@@ -203,6 +219,9 @@ def lengths() -> dict[str, Callable[[int], object]]:
         "paged prefill S": lambda n: _paged(64, bf16, 300, S=n),
         "paged prefill Tq": lambda n: _paged(64, bf16, n + 1),
         "paged decode max_blocks": lambda n: _paged(64, bf16, 1, max_blocks=n),
+        "paged decode num_blocks": lambda n: _paged(64, bf16, 1, num_blocks=n),
+        "paged decode rows": lambda n: _paged(64, bf16, 1, rows=n, S=1),
+        "paged decode window": lambda n: _paged(64, bf16, 1, window=n),
         "append_kv_ N": lambda n: _append(bf16, N=n),
         "append_kv_ num_blocks": lambda n: _append(bf16, num_blocks=n),
         "cross_entropy R": lambda n: _cross_entropy(50257, bf16, R=n),

@@ -71,7 +71,7 @@ def _capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # which has what it keeps from launch to launch by now
         call()
     return graph
 

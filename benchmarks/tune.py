@@ -15,12 +15,12 @@ import torch
 
 import gpt2_kernels as ops
 from benchmarks.timing import kernel_times
-from gpt2_kernels import attention_backward, fused_attention, gemm, paged
+from gpt2_kernels import _paged_decode, attention_backward, fused_attention, gemm, paged
 
 Table = dict[tuple[int, ...], tuple[int, ...]]
 
 # Tiles that compile without spills for sm_90 at D = 64 in bfloat16, by table: (BLOCK_M, BLOCK_N, warps, stages);
-# for linear (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages).
+# for linear (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), for decode (SPLIT, BLOCK_N, warps, stages).
 CANDIDATES: dict[str, tuple[Table, list[tuple[int, ...]]]] = {
     "attention forward": (
         fused_attention.TILES,
@@ -38,7 +38,10 @@ CANDIDATES: dict[str, tuple[Table, list[tuple[int, ...]]]] = {
         gemm.TILES,
         [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 4)],
     ),
-    "paged decode": (paged.DECODE, [(16, 64, 4, 2), (16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 3), (16, 32, 2, 3)]),
+    "paged decode": (
+        _paged_decode.ONE_HEAD,
+        [(256, 256, 8, 1), (256, 128, 8, 1), (256, 128, 4, 1), (256, 64, 4, 1), (128, 128, 4, 1), (512, 256, 8, 1)],
+    ),
     "paged prefill": (paged.PREFILL, [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3)]),
 }  # fmt: skip
 

@@ -42,8 +42,10 @@ MMA = {
     "sum_partials_kernel": NONE,
     "linear_kernel": NEW,
     "sample_kernel": NONE,
-    "paged_attention_kernel": OLD,  # 16 or 32 rows: fewer than the 64 of Hopper's and Blackwell's instructions
+    "paged_attention_kernel": OLD,  # 32 rows: fewer than the 64 of Hopper's and Blackwell's instructions
     "paged_attention_kernel: paged prefill D=64": NEW,
+    "paged_decode_kernel": NONE,
+    "paged_decode_kernel: paged decode grouped": OLD,  # 16 rows
 }
 # Kernels that load through tensor descriptors (TMA) on sm_90.
 TMA: set[str] = set()
@@ -114,6 +116,14 @@ def test_rows_are_read_128_bits_at_a_time(rows: list[Row]) -> None:
             assert r.ldg_128 == r.ldg, (r.case, r.sm)
 
 
+def test_decode_reads_keys_and_values_128_bits_at_a_time(rows: list[Row]) -> None:
+    """And two programs fit on a multiprocessor, so that one loads while the other computes."""
+    for r in rows:
+        if r.kernel == "paged_decode_kernel" and "grouped" not in r.case:
+            assert r.ldg_128 >= 9, (r.case, r.sm)
+            assert r.blocks >= 2, (r.case, r.sm)
+
+
 def test_lengths_and_batch_do_not_decide_what_is_compiled() -> None:
     """Rows, queries, keys, sequences of 1..1024: one machine code of each kernel, so the same bits, at once."""
     done = child(["-c", "from benchmarks.compile_report import variants; print(variants())"])
@@ -136,7 +146,7 @@ with _runtime.force("triton"), offline(90, compile=False) as launches:
 print([launch.grid for launch in launches])
 """
     done = child(["-c", code])
-    assert done.stdout == "[(6, 65535, 1), (6, 4465, 1)]\n", done.stderr[-3000:]
+    assert done.stdout == "[(2, 65535, 1), (2, 4465, 1)]\n", done.stderr[-3000:]
 
 
 def test_a_damaged_snapshot_is_noticed(tmp_path: Path) -> None:

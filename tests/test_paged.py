@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from gpt2_kernels import paged
+from gpt2_kernels import _runtime, paged
+
+Text = tuple[Tensor, Tensor]  # keys and values of a sequence, (context, Hkv, D) each
 
 
 class Batch(NamedTuple):
@@ -35,8 +38,17 @@ def make_batch(
     Hkv: int = 2,
     D: int = 64,
     block_size: int = 16,
-) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
+    spare: int = 1,
+) -> tuple[Batch, list[Text]]:
     """A batch over shuffled blocks whose unused parts are NaN, and each sequence's keys and values side by side."""
+    texts = [tuple(torch.randn(2, context, Hkv, D, device=device).to(dtype)) for context in contexts]
+    q = 2 * torch.randn(sum(queries), 3, H, D, device=device).to(dtype)[:, 0]  # a view, as GPT-2's projection gives it
+    return lay_out(q, texts, queries, block_size, spare), texts
+
+
+def lay_out(q: Tensor, texts: list[Text], queries: list[int], block_size: int, spare: int = 1) -> Batch:
+    """The batch of these queries and texts over shuffled blocks; `spare`: columns of the table that nobody uses."""
+    contexts, (_, Hkv, D), device, dtype = [len(k) for k, _ in texts], texts[0][0].shape, q.device, q.dtype
     needed = [-(-c // block_size) for c in contexts]
     num_blocks = sum(needed) + 2
     caches = [
@@ -44,26 +56,22 @@ def make_batch(
         for _ in range(2)
     ]
     order = iter(torch.randperm(num_blocks).tolist())
-    table = torch.full((len(contexts), max([*needed, 1]) + 1), -1, dtype=torch.int32)  # the tail is never read
-    texts = []
-    for s, context in enumerate(contexts):
-        k, v = torch.randn(2, context, Hkv, D, device=device).to(dtype)
+    table = torch.full((len(contexts), max([*needed, 1]) + spare), -1, dtype=torch.int32)  # the tail is never read
+    for s, text in enumerate(texts):
         for b in range(needed[s]):
             block = next(order)
             table[s, b] = block
-            part = slice(b * block_size, min(context, (b + 1) * block_size))
-            for cache, rows in zip(caches, (k, v)):
+            part = slice(b * block_size, min(contexts[s], (b + 1) * block_size))
+            for cache, rows in zip(caches, text):
                 cache[block, : part.stop - part.start] = rows[part]
-        texts.append((k, v))
     cu = [0, *itertools.accumulate(queries)]
-    q = 2 * torch.randn(cu[-1], 3, H, D, device=device).to(dtype)[:, 0]  # a view, as GPT-2's projection gives it
     int32 = {"dtype": torch.int32, "device": device}
     return Batch(
         q, *caches, table.to(device), torch.tensor(contexts, **int32), torch.tensor(cu, **int32), max([*queries, 0])
-    ), texts
+    )
 
 
-def dense(q: Tensor, texts: list[tuple[Tensor, Tensor]], cu: list[int], window: int | None = None) -> Tensor:
+def dense(q: Tensor, texts: list[Text], cu: list[int], window: int | None = None) -> Tensor:
     """The same by a loop over sequences and a mask, in the dtype that is given."""
     out = torch.zeros_like(q)
     for (k, v), first, last in zip(texts, cu, cu[1:]):
@@ -77,7 +85,7 @@ def dense(q: Tensor, texts: list[tuple[Tensor, Tensor]], cu: list[int], window: 
     return out
 
 
-def check(batch: Batch, texts: list[tuple[Tensor, Tensor]], window: int | None = None) -> Tensor:
+def check(batch: Batch, texts: list[Text], window: int | None = None) -> Tensor:
     out = ops.paged_attention(*batch, window=window)
     cu = batch.cu_seqlens_q.tolist()
     exact = [(k.double(), v.double()) for k, v in texts]
@@ -86,10 +94,32 @@ def check(batch: Batch, texts: list[tuple[Tensor, Tensor]], window: int | None =
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_size", [8, 16, 33])
+@pytest.mark.parametrize("block_size", [8, 16, 33, 256])
 def test_decode(path: torch.device, block_size: int, dtype: torch.dtype) -> None:
     contexts = [1, 16, 17, 100]  # alone, one block, one past it, several
     check(*make_batch(path, dtype, contexts, [1] * 4, block_size=block_size))
+
+
+SPLIT_BORDERS = [255, 256, 257, 512, 513, 1100]  # keys: one split, one and a key, two, several
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("H", "Hkv"), [(2, 2), (6, 2), (18, 1)], ids=str)  # 18: more than a program serves
+def test_decode_at_the_borders_of_splits(path: torch.device, H: int, Hkv: int, dtype: torch.dtype) -> None:
+    check(*make_batch(path, dtype, SPLIT_BORDERS, [1] * 6, H=H, Hkv=Hkv, D=32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("Hkv", [4, 2])
+@pytest.mark.parametrize("D", [1, 33, 80, 256])
+def test_decode_of_any_head_dimension(path: torch.device, D: int, Hkv: int, dtype: torch.dtype) -> None:
+    check(*make_batch(path, dtype, [300, 9], [1, 1], H=4, Hkv=Hkv, D=D))
+
+
+@pytest.mark.parametrize("Hkv", [2, 1])
+@pytest.mark.parametrize("window", [1, 44, 45, 256, 300, 5000])  # 44: the last split alone
+def test_decode_through_a_window(path: torch.device, window: int, Hkv: int) -> None:
+    check(*make_batch(path, torch.float32, [556, 255, 7], [1] * 3, Hkv=Hkv, D=16), window=window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,6 +176,107 @@ def test_batch_does_not_matter(path: torch.device, dtype: torch.dtype) -> None:
             assert torch.equal(ops.paged_attention(*one), together[cu[s] : cu[s + 1]])
 
 
+@pytest.mark.parametrize("Hkv", [2, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_decode_depend_on_the_sequence_alone(path: torch.device, dtype: torch.dtype, Hkv: int) -> None:
+    """Alone or in a batch, whatever the size and order of blocks and the width of the table; and a second time."""
+    contexts = [600, 1, 257, 256]
+    texts = [tuple(torch.randn(2, context, Hkv, 16, device=path).to(dtype)) for context in contexts]
+    q = torch.randn(4, 2, 16, device=path).to(dtype)
+    expected = ops.paged_attention(*lay_out(q, texts, [1] * 4, 16))
+    for block_size, spare in ((16, 1), (16, 40), (8, 0), (33, 0), (256, 7)):
+        batch = lay_out(q, texts, [1] * 4, block_size, spare)
+        assert torch.equal(ops.paged_attention(*batch), expected), (block_size, spare)
+    for s in range(4):
+        alone = lay_out(q[s : s + 1], texts[s : s + 1], [1], 16, spare=0)
+        assert torch.equal(ops.paged_attention(*alone), expected[s : s + 1]), s
+
+
+@pytest.mark.parametrize("chunks", [[64, 64, 22], [1, 149], [50, 50, 50], [100, 0, 50]], ids=str)
+def test_chunks_of_a_prompt_give_the_bits_of_the_whole(path: torch.device, chunks: list[int]) -> None:
+    """Also where the first of them came from another request's prefix: they are keys in the cache like any."""
+    batch, texts = make_batch(path, torch.bfloat16, [150], [150], D=32)
+    expected = ops.paged_attention(*batch)
+    done = 0
+    for chunk in chunks:
+        part = [(k[: done + chunk], v[: done + chunk]) for k, v in texts]
+        out = ops.paged_attention(*lay_out(batch.q[done : done + chunk], part, [chunk], 16)._replace(max_seqlen_q=300))
+        assert torch.equal(out, expected[done : done + chunk]), done
+        done += chunk
+
+
+def test_decode_of_nothing(path: torch.device) -> None:
+    """No context, sequences without a query, rows behind the last sequence and no sequence at all give 0."""
+    batch, texts = make_batch(path, torch.float32, [300, 0, 12, 0], [1, 1, 0, 1], D=16)
+    poison = torch.full((40, 2, 16), torch.nan, device=path)  # memory handed out again is not zero by luck
+    del poison
+    out = ops.paged_attention(*batch._replace(q=torch.cat([batch.q, torch.ones_like(batch.q)])))
+    assert out[0].abs().min() > 0 and not out[1:].any()
+    truth = dense(batch.q[:1].double(), [(k.double(), v.double()) for k, v in texts[:1]], [0, 1])
+    torch.testing.assert_close(out[:1].double(), truth, rtol=1e-5, atol=1e-5)
+    none = batch._replace(
+        block_table=batch.block_table[:0], context_lens=batch.context_lens[:0], cu_seqlens_q=batch.cu_seqlens_q[:1]
+    )
+    out = ops.paged_attention(*none)
+    assert out.shape == (3, 2, 16) and not out.any()
+
+
+def test_tickets_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One buffer serves launch after launch, of any shape; nobody zeroes it in between."""
+    if not ops.path_of("paged_attention", "cpu").startswith("Triton"):
+        pytest.skip("counts programs of the interpreter")
+    tickets = torch.zeros(100, dtype=torch.int32)
+    monkeypatch.setattr(_runtime, "tickets", lambda number, device: tickets)
+    for contexts, Hkv in (([600, 0, 257], 2), ([600, 0, 257], 2), ([5, 300], 1), ([513], 2)):
+        check(*make_batch(torch.device("cpu"), torch.float32, contexts, [1] * len(contexts), Hkv=Hkv, D=16))
+        assert not tickets.any()
+
+
+def test_a_stream_keeps_its_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same zeros for each launch on a stream; others while a graph is captured there before they exist."""
+    stream, capturing, zeros = [7], [True], torch.zeros
+    active = SimpleNamespace(get_current_stream=lambda index: stream[0])
+    monkeypatch.setattr(_runtime, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(_runtime, "_tickets", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+    device = torch.device("cuda", 0)
+    captured = _runtime.tickets(10, device)
+    assert captured is not _runtime.tickets(10, device), "what a capture allocates is the graph's own"
+    capturing[0] = False
+    kept = _runtime.tickets(10, device)
+    capturing[0] = True
+    assert kept is _runtime.tickets(1000, device) and len(kept) >= 1000
+    capturing[0] = False
+    larger = _runtime.tickets(2 * len(kept), device)
+    assert larger is not kept and len(larger) >= 2 * len(kept)
+    assert kept is _runtime.tickets(10, device), "a graph may hold its address"
+    stream[0] = 8
+    assert kept is not _runtime.tickets(10, device)
+
+
+def test_decode_in_a_cuda_graph() -> None:
+    """Replayed with other lengths and other blocks, it gives what a call gives."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    device = torch.device("cuda")
+    batch, _ = make_batch(device, torch.bfloat16, [1000, 257, 40], [1] * 3, spare=60)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.paged_attention(*batch)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = ops.paged_attention(*batch)
+    for contexts in ([1000, 257, 40], [999, 1, 0], [512, 256, 30]):
+        batch.context_lens.copy_(torch.tensor(contexts))
+        for _ in range(2):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, ops.paged_attention(*batch))
+
+
 def test_opcheck(path: torch.device) -> None:
     batch, _ = make_batch(path, torch.float32, [20, 9], [1, 1], D=16)
     opcheck(torch.ops.gpt2_kernels.paged_attention.default, (*batch, 0.25, 0))
@@ -196,19 +327,25 @@ def test_a_gradient_is_refused(path: torch.device) -> None:
         ops.append_kv_(k, k.detach(), batch.k_cache, batch.v_cache, torch.tensor([0], device=path))
 
 
-def test_a_stride_of_tokens_beyond_two_to_the_27(path: torch.device) -> None:
-    """Offset in a block times stride leaves int32; the memory between is never touched."""
+@pytest.mark.parametrize("queries", [1, 5], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("size", "strides"), [(12, (0, 2**28, 16, 1)), (8, (2**31 + 16, 16, 16, 1))], ids=["tokens", "blocks"]
+)
+def test_offsets_beyond_32_bits(path: torch.device, queries: int, size: int, strides: tuple[int, ...]) -> None:
+    """Tokens and blocks of a pool of 139 GiB lie more than 2**31 elements apart; the memory between is not touched."""
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
-    stride, D = 2**28, 16
-    storage = torch.empty(12 * stride, dtype=torch.float16, device=path)
-    cache = storage.as_strided((1, 12, 1, D), (0, stride, D, 1))
-    cache.copy_(torch.randn(1, 12, 1, D))
-    q = torch.randn(1, 1, D, device=path).to(torch.float16)
-    indices = [torch.tensor(v, dtype=torch.int32, device=path) for v in ([[0]], [12], [0, 1])]
+    blocks = 1 if strides[0] == 0 else 3
+    span = 1 + sum((n - 1) * stride for n, stride in zip((blocks, size, 1, 16), strides))
+    cache = torch.empty(span, dtype=torch.float16, device=path).as_strided((blocks, size, 1, 16), strides)
+    cache.copy_(torch.randn(cache.shape))
+    q = torch.randn(queries, 1, 16, device=path).to(torch.float16)
+    table, lens, cu = ([list(range(blocks))[::-1]], [blocks * size], [0, queries])
+    indices = [torch.tensor(v, dtype=torch.int32, device=path) for v in (table, lens, cu)]
     compact = cache.contiguous()
     assert torch.equal(
-        ops.paged_attention(q, cache, cache, *indices, 1), ops.paged_attention(q, compact, compact, *indices, 1)
+        ops.paged_attention(q, cache, cache, *indices, queries),
+        ops.paged_attention(q, compact, compact, *indices, queries),
     )
 
 

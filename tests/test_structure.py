@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 KERNELS, MODEL = ROOT / "kernels" / "gpt2_kernels", ROOT / "gpt2"
-FOUNDATION = ("_native", "_runtime", "_check", "_attention", "_thresholds", "reference")
+FOUNDATION = ("_native", "_runtime", "_check", "_attention", "_thresholds", "_paged_decode", "reference")
 WRAPPERS = (
     "sdpa",
     "modules",

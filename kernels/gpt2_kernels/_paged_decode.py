@@ -29,11 +29,11 @@ from gpt2_kernels._runtime import launch, tl, triton
 # have keys of their own, and its BLOCK_N is what registers hold.
 ONE_HEAD = {
     (0, 2, 64): (256, 256, 8, 1),
-    (0, 2, 128): (256, 128, 8, 1),
-    (0, 2, 256): (256, 64, 8, 1),
+    (0, 2, 128): (256, 64, 4, 1),
+    (0, 2, 256): (256, 32, 4, 1),
     (0, 4, 64): (256, 128, 8, 1),
-    (0, 4, 128): (256, 64, 8, 1),
-    (0, 4, 256): (256, 16, 8, 1),
+    (0, 4, 128): (256, 32, 4, 1),
+    (0, 4, 256): (256, 16, 4, 1),
 }
 SHARED_KEYS = {
     (0, 2, 128): (256, 64, 4, 3),
@@ -42,7 +42,7 @@ SHARED_KEYS = {
     (0, 4, 256): (256, 16, 8, 2),
 }
 MAX_HEADS = 16  # that share keys and that one program serves: rows of a tensor-core tile
-COMBINED = 4096  # numbers of scratch that a combining program reads at a time
+COMBINED = 2048  # numbers of scratch that a combining program reads at a time
 
 
 @triton.jit(
@@ -135,6 +135,8 @@ def paged_decode_kernel(
         for n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
             j = n + tl.arange(0, BLOCK_N)
             there = j < end
+            if WINDOW:
+                there = there & (j >= begin)
             block = tl.load(table_ptr + sequence * stride_table + j // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
             tl.device_assert(
                 (block >= 0) & (block < num_blocks), "paged_attention: block outside the cache", mask=there
@@ -145,15 +147,12 @@ def paged_decode_kernel(
             inside = there[:, None] & (d < D)[None, :]
             k = tl.load(k_cache_ptr + k_at[:, None] + d[None, :], mask=inside, other=0.0)  # (BLOCK_N, BLOCK_D)
             v = tl.load(v_cache_ptr + v_at[:, None] + d[None, :], mask=inside, other=0.0)
-            keep = there
-            if WINDOW:
-                keep = keep & (j >= begin)
             # Every tile has a key that counts: no maximum stays -inf but that of a split without keys.
             if HEADS == 1:
                 # The compiler would put off loading values until it has multiplied keys: it has no q before this point.
                 tl.debug_barrier()
                 q = tl.load(q_row + kv_head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32) * scale_log2
-                s = tl.where(keep, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))  # (BLOCK_N,)
+                s = tl.where(there, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))  # (BLOCK_N,)
                 m_new = tl.maximum(m, tl.max(s, 0))
                 p = tl.exp2(s - m_new)
                 rescale = tl.exp2(m - m_new)
@@ -161,7 +160,7 @@ def paged_decode_kernel(
                 acc = acc * rescale + tl.sum(p[:, None] * v.to(tl.float32), 0)
             else:
                 s = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2  # (HEADS, BLOCK_N)
-                s = tl.where(keep[None, :], s, -float("inf"))
+                s = tl.where(there[None, :], s, -float("inf"))
                 m_new = tl.maximum(m, tl.max(s, 1))
                 p = tl.exp2(s - m_new[:, None])
                 rescale = tl.exp2(m - m_new)
