@@ -1,33 +1,39 @@
-"""Everything that only a GPU can tell, in one command: `python -m benchmarks.gpu --out benchmarks/results/NAME.json`.
+"""Everything that a short stay on a GPU machine is for, in one command, from a source tree:
 
-Runs the test suite on the GPU and a short set of it under compute-sanitizer, measures the machine's ceilings (copy and
-matrix product), then every kernel against its strongest rival in the same process, checks its gate, and times the
-candidates of the launch tables. The JSON is written again after every part, so that an interrupted run loses nothing.
-`--smoke` runs all of it on tiny shapes on any machine: to try the script, not to publish.
+    PYTHONPATH=kernels:. python -m benchmarks.gpu --minutes 9 --out benchmarks/results
+
+Stages run one after the other, each in a process of its own: what one of them breaks, or hangs in, ends that stage
+alone. Every row is on the disk as soon as it is measured. A stage may use its share of the time that is left, so that
+what one leaves over goes to the next, and none starves; `--limit tests=200` sets a share by hand. What is not
+installed is said and left out: neither pytest-benchmark nor a network is needed. Without a GPU the same stages run at
+the sizes of a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import collections
+import concurrent.futures
+import importlib
 import json
 import os
-import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks import gates, measure, results
+from benchmarks.measure import Row, Run
+from benchmarks.results import ROOT, Results
 
-from benchmarks import kernels, tune
-from benchmarks.kernels import Row, Run
-from benchmarks.timing import kernel_times
-
-ROOT = Path(__file__).parents[1]
+MARK = "ROW "  # begins each line of a stage's process that is a row; all others are words of libraries
+GRACE = 5.0  # seconds that a stage may be late before it is ended
 
 # For compute-sanitizer, which is some fifty times slower than a plain run: each kernel a few times.
 SANITIZED = (
@@ -46,136 +52,304 @@ SANITIZED = (
     "test_crossentropy.py::test_linear_cross_entropy",
     "test_sampling.py::test_top_logprobs",
 )
-PYTEST_SECONDS = 500  # a run that takes longer is ended, and said to be
 
 
-# --- the parts ------------------------------------------------------------------------------------------------------
+# --- the stages: generators of rows, which begin nothing once `end` (time.monotonic) has passed ----------------------
 
 
-def environment(run: Run) -> Iterator[Row]:
-    row = {"python": platform.python_version(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    with contextlib.suppress(ImportError):
-        import triton
+def environment(run: Run, end: float) -> Iterator[Row]:
+    found = results.environment(run.device)
+    missing = [name for name, version in found["packages"].items() if version is None]
+    yield {"name": "environment", **found, "missing": missing}
 
-        row["triton"] = triton.__version__
-    if run.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(run.device)
-        row |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "cudnn": torch.backends.cudnn.version(),
+
+def ceilings(run: Run, end: float) -> Iterator[Row]:
+    yield {"name": "ceilings", **measure.ceilings(run)}
+
+
+def benchmark(module: str) -> Callable[[Run, float], Iterator[Row]]:
+    """The cases of a module, in its order: what matters most comes first in it."""
+
+    def stage(run: Run, end: float) -> Iterator[Row]:
+        for case in importlib.import_module(f"benchmarks.{module}").cases(run):
+            if time.monotonic() > end:
+                yield {"name": case.name, "rivals": {}, "wrong": {}, "not_run": {"all": "the time was up"}}
+            else:
+                yield measure.without_samples(measure.compare(run, case))
+
+    return stage
+
+
+def host(run: Run, end: float) -> Iterator[Row]:
+    """What calls cost the host, with its real driver."""
+    from benchmarks import host_time
+
+    if run.device.type != "cuda":
+        yield {
+            "name": "host",
+            "not_run": {"ours": "no GPU: python -m benchmarks.host_time has a driver that does nothing"},
         }
-        if smi := shutil.which("nvidia-smi"):
-            query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,driver_version"
-            row["nvidia_smi"] = _output([smi, f"--query-gpu={query}", "--format=csv"])
-    commit = _output(["git", "rev-parse", "HEAD"])
-    yield {"name": "environment", **row, "commit": commit}
+        return
+    yield {"name": "host", "host_us": host_time.measure(run.device)}
 
 
-def tests(run: Run) -> Iterator[Row]:
-    """The whole suite, kernels on the GPU."""
-    selection = ["tests/test_layernorm.py", "-k", "test_empty"] if run.smoke else []
-    yield {"name": "tests", **_pytest([sys.executable], selection)}
+def tests(run: Run, end: float) -> Iterator[Row]:
+    """The test suite, a process for each file, several at a time; kernels first."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    kernels = {path.stem for path in (ROOT / "kernels" / "gpt2_kernels").glob("*.py")}
+    files.sort(key=lambda path: path.stem.removeprefix("test_") not in kernels)
+    if run.sizes == "tiny":
+        files = [ROOT / "tests" / "test_blocks.py"]
+    jobs = max(1, (os.cpu_count() or 1) // 3)
+    yield from _side_by_side(jobs, [(path.name, [sys.executable], [f"tests/{path.name}"], {}) for path in files], end)
 
 
-def sanitizer(run: Run) -> Iterator[Row]:
+def sanitizer(run: Run, end: float) -> Iterator[Row]:
     """memcheck and racecheck, each tensor in an allocation of its own, so that an overrun leaves it."""
     tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        yield {"name": "sanitizer", "not_run": "compute-sanitizer is not installed"}
+    if tool is None or run.device.type != "cuda":
+        yield {"name": "sanitizer", "not_run": {"all": "no compute-sanitizer, or no GPU"}}
         return
-    selection = [f"tests/{test}" for test in SANITIZED] + ["-k", "triton and not float32"]
-    for check in ("memcheck", "racecheck"):
-        prefix = [tool, "--tool", check, "--error-exitcode", "9", sys.executable]
-        yield {"name": check, **_pytest(prefix, selection, PYTORCH_NO_CUDA_MEMORY_CACHING="1")}
+    work = []
+    for test in SANITIZED:
+        for check in ("memcheck", "racecheck"):
+            prefix = [tool, "--tool", check, "--error-exitcode", "9", sys.executable]
+            selection = [f"tests/{test}", "-k", "triton and not float32"]
+            work.append((f"{check} {test}", prefix, selection, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    yield from _side_by_side(max(1, (os.cpu_count() or 1) // 3), work, end)
 
 
-def ceilings(run: Run) -> Iterator[Row]:
-    """What this machine does at its best: a copy of 8.6 GB, bytes read and written; 8192^3 in bfloat16, random data."""
-    numbers, n = run.size(1 << 31, 1 << 20), run.size(8192, 128)
-    pair = [run.random(numbers), run.random(numbers)]
-    copy = kernel_times({"copy": lambda: pair[0].copy_(pair[1])}, run.device, 10)["copy"].median
-    pair.clear()
-    a, b = run.random(n, n), run.random(n, n)
-    product = kernel_times({"matmul": lambda: a @ b}, run.device, 10)["matmul"].median
-    run.ceilings.update(copy=4 * numbers / copy * 1e6, matmul=2 * n**3 / product * 1e6)
-    yield {"name": "ceilings", **run.ceilings}
+def _side_by_side(jobs: int, work: list[tuple[str, list[str], list[str], dict[str, str]]], end: float) -> Iterator[Row]:
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_pytest, *item, end) for item in work]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
 
 
-def tables(run: Run) -> Iterator[Row]:
-    """The candidates of the launch tables, each timed; what is fastest belongs into the table."""
-    yield from tune.sweep(run.device, run.smoke)
+def _pytest(name: str, prefix: list[str], selection: list[str], environment: dict[str, str], end: float) -> Row:
+    left = end - time.monotonic()
+    if left <= 0:
+        return {"name": name, "not_run": {"all": "the time was up"}}
+    start = time.perf_counter()
+    command = [*prefix, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *selection]
+    clean = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True, timeout=left
+        )
+    except subprocess.TimeoutExpired:
+        return {"name": name, "not_run": {"all": f"ended after {left:.0f} s"}}
+    lines = done.stdout.splitlines()
+    if "No module named pytest" in done.stderr:
+        return {"name": name, "not_run": {"all": "pytest is not installed"}}
+    counts = {
+        what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1] if lines else "")
+    }
+    row: Row = {"name": name, "seconds": round(time.perf_counter() - start, 1), **counts}
+    if done.returncode not in (0, 5):  # 5: nothing was selected
+        row |= {
+            "failed": counts.get("failed", 0) + counts.get("error", 0) or 1,
+            "failures": [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))][:50],
+            "tail": [line[:300] for line in (lines or done.stderr.splitlines())[-60:]],
+        }
+    return row
 
 
-PARTS: dict[str, Callable[[Run], Iterator[Row]]] = {
-    part.__name__: part
-    for part in (
-        environment, ceilings, tests, kernels.attention, kernels.layer_norm, kernels.linear, kernels.cross_entropy,
-        kernels.generation, tables, sanitizer,
-    )
-}  # fmt: skip
+# Name -> (stage, share of the time). Measurements first, by what they are worth; tests take what is left over.
+STAGES: dict[str, tuple[Callable[[Run, float], Iterable[Row]], float]] = {
+    "environment": (environment, 1),
+    "ceilings": (ceilings, 2),
+    "paged": (benchmark("bench_paged"), 5),
+    "engine": (benchmark("bench_engine"), 12),
+    "layernorm": (benchmark("bench_layernorm"), 6),
+    "crossentropy": (benchmark("bench_crossentropy"), 4),
+    "fused_attention": (benchmark("bench_fused_attention"), 6),
+    "attention_backward": (benchmark("bench_attention_backward"), 6),
+    "gemm": (benchmark("bench_gemm"), 8),
+    "training": (benchmark("bench_training"), 6),
+    "sampling": (benchmark("bench_sampling"), 2),
+    "host": (host, 1),
+    "tuner": (benchmark("tune"), 6),
+    "tests": (tests, 14),
+    "sanitizer": (sanitizer, 6),
+}
 
 
 # --- running them ---------------------------------------------------------------------------------------------------
 
 
-def _output(command: list[str]) -> str:
+def stage_process(stage: str, options: argparse.Namespace) -> int:
+    """What the process of a stage does: its rows, a line each."""
+    end = time.monotonic() + options.seconds
+    run = measure.default_run(options.sizes)
+    run.ceilings = json.loads(options.ceilings)
+    if run.device.type == "cuda":
+        run.seconds = 0.25  # graphs are replayed for at least a millisecond a sample: enough for a steady median
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout.strip()
-    except OSError as error:
-        return str(error)
+        for row in STAGES[stage][0](run, end):
+            print(MARK + json.dumps(row), flush=True)
+    except Exception as problem:  # noqa: BLE001 - what there is has been said; this is the rest
+        print(MARK + json.dumps({"name": stage, "failed": 1, "failures": [measure._reason(problem)]}), flush=True)
+        raise
+    return 0
 
 
-def _pytest(prefix: list[str], selection: list[str], **environment: str) -> dict[str, Any]:
-    start = time.perf_counter()
-    command = [*prefix, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
-    env = {**os.environ, **environment}
+def run_stage(
+    stage: str, options: argparse.Namespace, seconds: float, ceilings: dict[str, float], take: Callable[[Row], None]
+) -> str:
+    """Runs a stage and hands over its rows as they come; returns what ended it early, or ""."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", stage, "--sizes", options.sizes]
+    command += ["--seconds", f"{seconds:.1f}", "--ceilings", json.dumps(ceilings)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    words: collections.deque[str] = collections.deque(maxlen=20)
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(MARK):
+                take(json.loads(line.removeprefix(MARK)))
+            else:
+                words.append(line.rstrip()[:300])
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    late = False
     try:
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PYTEST_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        tail = (error.stdout or b"").decode(errors="replace").splitlines()[-40:]
-        return {"exit_code": 124, "summary": f"ended after {PYTEST_SECONDS} s", "failures": [], "tail": tail}
-    lines = done.stdout.splitlines()
-    return {
-        "exit_code": done.returncode,
-        "seconds": round(time.perf_counter() - start, 1),
-        "summary": lines[-1] if lines else done.stderr[-500:],
-        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
-        "tail": lines[-40:] if done.returncode else [],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="JSON file to write; default: on the terminal alone")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the parts; ceilings are always measured")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any machine: tries the script out")
-    options = parser.parse_args()
-    if not options.smoke and not torch.cuda.is_available():
-        parser.exit(2, "benchmarks.gpu: no GPU is visible to torch; --smoke tries the script without one\n")
-    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.smoke, {})
-    torch.manual_seed(0)
-    wanted = [name for name in PARTS if not options.only or name in (*options.only, "environment", "ceilings")]
-    results: dict[str, Any] = {"smoke": options.smoke, "parts": {}}
-    failed = False
-    for name in wanted:
-        rows = results["parts"].setdefault(name, [])
+        process.wait(seconds + GRACE)
+    except subprocess.TimeoutExpired:
+        late = True
+    finally:
         try:
-            for row in PARTS[name](run):
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                failed |= bool(row.get("exit_code")) or "disagrees" in row  # an unmet gate is a result, no failure
-        except Exception as error:  # noqa: BLE001 - the other parts are still worth their time
-            rows.append({"name": name, "error": f"{type(error).__name__}: {error}"})
-            print(json.dumps(rows[-1]), flush=True)
-            failed = True
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
-    sys.exit(1 if failed else 0)
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started: pytest, compilers
+        except ProcessLookupError:
+            pass
+    reader.join(10)
+    if late:
+        return f"ended after {seconds:.0f} s, at its limit"
+    code = process.wait()
+    return "" if code == 0 else f"exit status {code}: " + " | ".join(list(words)[-5:])
+
+
+def limits(stages: list[str], left: float, fixed: dict[str, float]) -> float:
+    """Seconds for the first of the stages that are left."""
+    first = stages[0]
+    if first in fixed:
+        return min(fixed[first], left)
+    kept = sum(seconds for stage, seconds in fixed.items() if stage in stages)
+    free = max(left - kept, 0.0)
+    return free * STAGES[first][1] / sum(STAGES[stage][1] for stage in stages if stage not in fixed)
+
+
+def chosen(only: str | None) -> list[str]:
+    """The stages that `--only` names, by a part of the name; ceilings always, since figures are shares of them."""
+    if only is None:
+        return list(STAGES)
+    parts = [part.strip() for part in only.split(",") if part.strip()]
+    for part in parts:
+        if not any(part in stage for stage in STAGES):
+            raise ValueError(f"--only must name stages ({', '.join(STAGES)}), got {part!r}")
+    return [s for s in STAGES if s in ("environment", "ceilings") or any(part in s for part in parts)]
+
+
+def _limit(text: str) -> tuple[str, float]:
+    stage, _, seconds = text.partition("=")
+    if stage not in STAGES or not re.fullmatch(r"\d+(\.\d+)?", seconds):
+        raise argparse.ArgumentTypeError(f"must be STAGE=SECONDS with one of {', '.join(STAGES)}, got {text!r}")
+    return stage, float(seconds)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default 9)")
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="DIR/<device>/<date>.json")
+    parser.add_argument("--only", metavar="A,B", help=f"stages, by a part of their names: {', '.join(STAGES)}")
+    parser.add_argument("--limit", type=_limit, action="append", default=[], metavar="STAGE=SECONDS", help="repeatable")
+    parser.add_argument("--sizes", choices=("auto", "gpu", "cpu", "tiny"), default="auto", help="tiny: a dry run")
+    for name, kind in (("--stage", str), ("--seconds", float), ("--ceilings", str)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # of the process of a stage
+    options = parser.parse_args(arguments)
+    if options.minutes <= 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes}")
+    try:
+        options.stages = chosen(options.only)
+    except ValueError as problem:
+        parser.error(str(problem))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.stage:
+        return stage_process(options.stage, options)
+    end = time.monotonic() + 60 * options.minutes
+    run = measure.default_run(options.sizes)
+    kept = Results(options.out, results.device_name(run.device))
+    facts, reached, fixed, bad = results.environment(run.device), {}, dict(options.limit), False
+    for at, stage in enumerate(options.stages):
+        seconds = limits(options.stages[at:], end - time.monotonic() - GRACE, fixed)
+        kept.begin(stage, run.sizes, facts, reached)
+
+        def take(row: Row, stage: str = stage) -> None:
+            kept.add(stage, row)
+            print(f"[{stage}] {line(row)}", flush=True)
+
+        note = run_stage(stage, options, seconds, reached, take) if seconds > 1 else "no time was left"
+        kept.end(stage, note)
+        rows = kept.stages[stage]["rows"]
+        bad |= any(measure.failed(row) for row in rows) or note.startswith("exit status")
+        if stage == "ceilings" and rows:
+            reached = {name: value for name, value in rows[0].items() if isinstance(value, float)}
+        if stage == "ceilings" and "copy" not in reached:
+            print(f"the ceilings could not be measured, and all else is a share of them: {note}", file=sys.stderr)
+            return 1
+    print(table(kept.content, options.stages))
+    print(f"\n{kept.path} ({kept.path.stat().st_size / 1e3:.0f} kB)")
+    return 1 if bad else 0
+
+
+# --- the page at the end --------------------------------------------------------------------------------------------
+
+
+def line(row: Row) -> str:
+    """A row in one line."""
+    name, found = row["name"], row.get("rivals", {})
+    if row.get("not_run", {}).get("all") or "rivals" not in row:
+        facts = row.get("not_run") or {k: v for k, v in row.items() if k not in ("name", "failures", "tail")}
+        return f"{name:46} {json.dumps(facts)[:150]}"
+    ours = found.get("ours", {})
+    text = f"{name:46} "
+    if "us" in ours:
+        share = max(((ours[key], key[3:]) for key in ("of_matmul", "of_copy") if key in ours), default=None)
+        text += f"{ours['us']:11.1f} us" + (f" {100 * share[0]:5.1f} % of {share[1]:6}" if share else " " * 17)
+        if "per_second" in ours:
+            text += f" {ours['per_second']:,.0f} {row['unit']}/s"
+        text += "".join(f"  {times:.2f}x {rival}" for rival, times in row.get("faster_than", {}).items())
+    for key, label in (("wrong", "WRONG"), ("not_run", "not run")):
+        text += "".join(f"  [{label} {rival}: {why[:80]}]" for rival, why in row.get(key, {}).items())
+    return text.rstrip()
+
+
+def table(content: dict[str, Any], stages: list[str]) -> str:
+    """One page: the gates, what failed, what stages took."""
+    found = [f"{content['device']}, {content['date']}"]
+    rows = gates.rows_of({stage: content["stages"][stage] for stage in stages})
+    for gate in gates.GATES:
+        value, status = gate.judge(rows)
+        asked = " ".join(f"{n} {v:.4g}" for n, v in (("gate", gate.gate), ("goal", gate.goal)) if v is not None)
+        shown = "" if value is None else f"{value:.3g} {gate.what}"
+        found.append(f"{gate.number:>3} {gate.item[:46]:46} {shown:32} {status:10} {asked}")
+    for stage in stages:
+        entry = content["stages"][stage]
+        counts = collections.Counter()
+        for row in entry["rows"]:
+            counts.update({key: row[key] for key in ("passed", "failed", "skipped") if key in row})
+        words = [f"{len(entry['rows'])} rows", *(f"{n} {what}" for what, n in counts.items()), entry["note"][:100]]
+        found.append(f"{stage:19} {entry['seconds']:6.1f} s  {', '.join(word for word in words if word)}")
+        found += [f"    {line(row)}"[:200] for row in entry["rows"] if measure.failed(row)]
+    return "\n".join(found)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,13 @@
-"""How long a call takes: kernel time by graph replay on a GPU, the cache flushed before each; rivals take turns.
+"""How long a call takes, and how much memory: the one place where clocks are read.
 
-A figure is the median over the turns, with the spread between the 20th and the 80th percentile beside it: a difference
-inside the spread is noise. On a CPU wall time is taken, which serves to try the benchmarks out, not to publish.
+Rivals take turns (A, B, A, B ...), so that a drift of the machine's clock meets all alike; a figure is the median
+over the turns, with the 20th and the 80th percentile beside it: a difference inside that spread is noise. Each rival
+is a list of calls on inputs of their own, which together are larger than the cache: no call finds its inputs there.
+
+    device   a CUDA graph of all calls in the list, replayed many times between two events: the GPU's time without the
+             host's. The time of an empty replay is measured in the same way and taken off.
+    wall     from the host's side until the result is there, host included; on a CPU it is the only clock.
+    host     what the host spends on a call before it returns, the GPU still at work.
 """
 
 from __future__ import annotations
@@ -9,78 +15,193 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU
+Call = Callable[[], object]
+SAMPLE_SECONDS = 1e-3  # a sample is at least that long, by repetition: clocks and gaps between launches are not
 
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Microseconds of one call."""
+    """Seconds of one call."""
 
-    median: float
-    low: float  # 20th percentile
-    high: float  # 80th
+    samples: tuple[float, ...]
+    clock: str  # "device", "wall", or "events" where a call cannot be captured: the host's gaps are in it
 
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
 
-def kernel_times(calls: Mapping[str, Callable[[], object]], device: torch.device, turns: int = 30) -> dict[str, Time]:
-    """Device time of each call, without the host's: A, B, A, B ... A call must be fit for capture in a CUDA graph."""
-    if device.type == "cpu":
-        return wall_times(calls, device, turns)
-    graphs = {name: _capture(call) for name, call in calls.items()}
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    events = {name: [] for name in calls}  # type: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]
-    for _ in range(turns):
-        for name, graph in graphs.items():
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: _time([1e3 * a.elapsed_time(b) for a, b in pairs]) for name, pairs in events.items()}
+    def percentile(self, share: float) -> float:
+        ordered = sorted(self.samples)
+        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
-def wall_times(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, turns: int = 30, repeat: int = 1
+def measure(
+    rivals: Mapping[str, Sequence[Call]], device: torch.device, clock: str, seconds: float, turns: int = 30
 ) -> dict[str, Time]:
-    """Time from the host's side, device included: `repeat` calls in a row, then one wait, divided by their number."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    for _ in range(turns):
-        for name, call in calls.items():
-            _wait(device)
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            _wait(device)
-            samples[name].append(1e6 * (time.perf_counter() - start) / repeat)
-    return {name: _time(values) for name, values in samples.items()}
+    """Times of all rivals, in at most `turns` turns and about `seconds` for each rival; in three turns at least."""
+    if clock not in ("device", "wall"):
+        raise ValueError(f"measure: clock must be 'device' or 'wall', got {clock!r}")
+    runners = {}
+    for name, calls in rivals.items():
+        on_device = clock == "device" and device.type == "cuda"
+        runners[name] = _Replayed(calls) if on_device else _Called(calls, device)
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    end = time.perf_counter() + seconds * len(rivals)
+    for turn in range(turns):
+        if turn >= 3 and time.perf_counter() > end:
+            break
+        for name, runner in runners.items():
+            samples[name].append(runner.sample())
+    return {name: Time(tuple(values), runners[name].clock) for name, values in samples.items()}
 
 
-def _capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
+class _Called:
+    """Wall time: calls in a row, the list continued where the last sample left off, then one wait."""
+
+    clock = "wall"
+
+    def __init__(self, calls: Sequence[Call], device: torch.device):
+        self.calls, self.device, self.at, self.repeat = calls, device, 0, 1
+        self.sample()  # warms up
+        self.repeat = max(1, min(1000, round(SAMPLE_SECONDS / self.sample())))
+
+    def sample(self) -> float:
+        wait(self.device)
+        start = time.perf_counter()
+        for i in range(self.at, self.at + self.repeat):
+            self.calls[i % len(self.calls)]()
+        wait(self.device)
+        taken = time.perf_counter() - start
+        self.at = (self.at + self.repeat) % len(self.calls)
+        return taken / self.repeat
+
+
+class _Replayed:
+    """Device time by replay of a graph; by events around plain calls where a call cannot be captured."""
+
+    def __init__(self, calls: Sequence[Call]):
+        self.count, self.repeat, self.empty = len(calls), 1, 0.0
+        try:
+            self.replay, self.clock = capture(calls), "device"
+        except RuntimeError:
+            torch.cuda.synchronize()
+
+            def again() -> None:
+                for call in calls:
+                    call()
+
+            self.replay, self.clock = again, "events"
+        self.sample()
+        first = self.sample()
+        self.repeat = max(1, min(1000, round(SAMPLE_SECONDS / max(first * self.count, 1e-7))))
+        self.empty = launch_floor() if self.clock == "device" else 0.0
+
+    def sample(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self.replay()  # keeps the GPU busy while the host gets ahead of it
+        start.record()
+        for _ in range(self.repeat):
+            self.replay()
+        end.record()
+        end.synchronize()
+        return max(1e-3 * start.elapsed_time(end) / self.repeat - self.empty, 0.0) / self.count
+
+
+_stream: list[torch.cuda.Stream] = []
+
+
+def capture_stream() -> torch.cuda.Stream:
+    """The stream of all captures. Backward runs on the stream of its forward: prepare both on this one."""
+    if not _stream:
+        _stream.append(torch.cuda.Stream())
+    return _stream[0]
+
+
+def capture(calls: Sequence[Call]) -> Call:
+    """One CUDA graph of all calls; RuntimeError where they cannot be captured."""
+    stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, plans and allocates outside the capture
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.stream(stream):  # compiles, plans and allocates outside of the capture
+        for _ in range(2):
+            calls[0]()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):  # which has what it keeps from launch to launch by now
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+_floor: list[float] = []
+
+
+def launch_floor() -> float:
+    """Seconds that a replay takes whose graph does next to nothing, with the gap to the one before."""
+    if not _floor:
+        one = torch.zeros(1, device="cuda")
+        replay = capture([lambda: one.add_(1)])
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        values = []
+        for _ in range(10):
+            torch.cuda.synchronize()
+            replay()
+            start.record()
+            for _ in range(200):
+                replay()
+            end.record()
+            end.synchronize()
+            values.append(1e-3 * start.elapsed_time(end) / 200)
+        _floor.append(statistics.median(values))
+    return _floor[0]
+
+
+def host_seconds(calls: Sequence[Call], device: torch.device) -> float:
+    """The least that the host spent per call over a few loops, without waiting for the GPU in between."""
+    found = []
+    for _ in range(5):
+        wait(device)
+        start = time.perf_counter()
+        for i in range(20):  # few enough not to fill the queue of launches
+            calls[i % len(calls)]()
+        found.append((time.perf_counter() - start) / 20)
+    wait(device)
+    return min(found)
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most memory that PyTorch held during a call, beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         call()
-    return graph
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()
+    del kept
+    held = most = 0
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
-def _wait(device: torch.device) -> None:
+def tensors(result: object) -> list[Tensor]:
+    """The tensors of a result, which may be one or several."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result for t in tensors(part)] if isinstance(result, (tuple, list)) else []
+
+
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _time(values: list[float]) -> Time:
-    ordered = sorted(values)
-    return Time(statistics.median(ordered), ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5])

@@ -1,42 +1,292 @@
-"""The benchmark script runs, on tiny shapes, and says what it should; what it measures here means nothing."""
+"""The benchmarks run, at tiny sizes, and find what is wrong; what they measure here means nothing."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import os
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from test_structure import run
 
-from benchmarks import gpu, kernels, tune
+from benchmarks import bench_sampling, gates, gpu, measure, peers, results, timing, tune
+from benchmarks.measure import Case, Run, against, backward, both, forward
+from benchmarks.timing import Time
 from gpt2_kernels import _check, fused_attention
 
+pytestmark = pytest.mark.usefixtures("production")
+# One that has no cases measures in a way of its own.
+MODULES = sorted(p.stem for p in (ROOT / "benchmarks").glob("bench_*.py") if "\ndef cases(" in p.read_text())
 
-def test_smoke(tmp_path: Path) -> None:
-    """In a process of its own: CPU tensors take the production path there, not the interpreter."""
-    out = tmp_path / "results.json"
-    parts = ["attention", "layer_norm", "linear", "cross_entropy", "generation", "tables"]
-    command = f"import sys; sys.argv = ['gpu', '--smoke', '--out', {str(out)!r}, '--only', *{parts!r}]"
-    done = run(f"{command}; from benchmarks import gpu; gpu.main()", PYTHONPATH=f"{ROOT / 'kernels'}:{ROOT}")
+
+@pytest.fixture
+def run() -> Run:
+    return Run(torch.device("cpu"), "tiny", {"copy": 1e9, "matmul": 1e9}, seconds=0.01, turns=3)
+
+
+def cases_of(module: str, run: Run) -> list[Case]:
+    return list(importlib.import_module(f"benchmarks.{module}").cases(run))
+
+
+def child(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: CPU tensors take the production path there, not the interpreter."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    environment = {**clean, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+# --- the cases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [*MODULES, "tune"])
+def test_all_results_are_right(module: str, run: Run) -> None:
+    found = cases_of(module, run)
+    assert len({case.name for case in found}) == len(found)
+    for case in found:
+        row = measure.compare(run, case, timed=False)
+        assert not measure.failed(row), row
+        assert case.flops or case.moved, f"{case.name}: a figure has to be a share of some ceiling"
+        if module == "bench_gemm" and case.name.startswith("linear"):
+            assert row["same_bits"] is True
+
+
+@pytest.mark.parametrize("sizes", ["gpu", "cpu"])
+def test_cases_of_every_size_can_be_listed(sizes: str) -> None:
+    """Without inputs: they are made when a case is measured."""
+    run = Run(torch.device("cpu"), sizes, {})
+    for module in MODULES:
+        names = [case.name for case in cases_of(module, run)]
+        assert names and len(set(names)) == len(names)
+
+
+def test_every_gate_finds_its_rows() -> None:
+    """A goal whose row was renamed would be missing for ever. fp8 has none until the operator takes scales."""
+    run = Run(torch.device("cpu"), "gpu", {})
+    names = [case.name for module in MODULES for case in cases_of(module, run)]
+    for gate in gates.GATES:
+        if gate.number != 16:
+            assert any(gates.re.match(gate.pattern, name) for name in names), gate
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def case(rivals: dict, make=lambda: (torch.rand(16),), **options) -> Case:
+    check = options.pop("check", against(forward(torch.sin)))
+    return Case("a case", make, {name: forward(f) for name, f in rivals.items()}, check, **options)
+
+
+def test_a_wrong_result_is_found_and_not_timed(run: Run) -> None:
+    rivals = {"ours": lambda x: x.sin() + 0.01, "nan": lambda x: x * math.nan, "torch": torch.sin}
+    row = measure.compare(run, case(rivals, moved=128.0))
+    assert set(row["wrong"]) == {"ours", "nan"} and set(row["rivals"]) == {"torch"} and "us" in row["rivals"]["torch"]
+    assert measure.failed(row) and "0.01" in row["wrong"]["ours"]
+
+
+def test_what_is_not_written_is_found(run: Run) -> None:
+    """The memory that a result gets held the right values before."""
+    kept: list[torch.Tensor] = []
+
+    def forgets(x: torch.Tensor) -> torch.Tensor:
+        if not kept:
+            kept.append(x.sin())
+        return kept[0]
+
+    assert "ours" in measure.compare(run, case({"ours": forgets}), timed=False)["wrong"]
+
+
+def test_a_rival_that_is_missing_or_breaks_ends_nothing(run: Run) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of luck\nand more")
+
+    rivals = {"ours": torch.sin, "broken": broken, "absent": lambda x: peers.package("no_such_package").sin(x)}
+    row = measure.compare(run, case(rivals))
+    assert row["not_run"]["broken"] == "RuntimeError: out of luck"
+    assert row["not_run"]["absent"].startswith("no_such_package is not installed")
+    assert row["rivals"]["ours"]["us"] > 0 and not measure.failed(row)
+    assert measure.failed(measure.compare(run, case({"ours": broken})))
+
+
+def test_gradients_are_checked(run: Run) -> None:
+    """backward and both see all of them, and a wrong one of the last input."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, y = ctx.saved_tensors
+            return grad * y, grad * x * 1.1
+
+    def make() -> tuple[torch.Tensor, ...]:
+        return torch.rand(8), torch.rand(8), torch.rand(8)
+
+    for kind in (backward, both):
+        rivals = {"ours": kind(torch.mul), "wrong": kind(Wrong.apply)}
+        row = measure.compare(run, Case("product", make, rivals, against(kind(torch.mul))), timed=False)
+        assert set(row["rivals"]) == {"ours"} and set(row["wrong"]) == {"wrong"}, row
+
+
+def test_figures_follow_from_the_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two calls the time of the second is taken off; shares are of the ceilings, rates of the units."""
+    seconds = {"ours": 3e-3, "ours - ": 1e-3, "torch": 4e-3}
+    monkeypatch.setattr(
+        timing, "measure", lambda calls, *_: {name: Time((seconds[name],) * 3, "wall") for name in calls}
+    )
+    rivals = {"ours": lambda x: (lambda: x.sin(), lambda: None), "torch": forward(torch.sin)}
+    both = Case("a case", lambda: (torch.rand(4),), rivals, against(forward(torch.sin)), 1e6, 4e6, units=8.0)
+    row = measure.compare(run, both)
+    ours = row["rivals"]["ours"]
+    assert ours["us"] == pytest.approx(2000) and ours["samples"] == pytest.approx([2e-3] * 3)
+    assert ours["of_matmul"] == pytest.approx(0.5) and ours["of_copy"] == pytest.approx(2.0)
+    assert ours["per_second"] == pytest.approx(4000) and row["faster_than"]["torch"] == pytest.approx(2.0)
+    assert "samples" not in json.dumps(measure.without_samples(row))
+
+
+def test_inputs_are_rotated_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measure.ROTATED_BYTES, "cpu", 1000)
+    run = Run(torch.device("cpu"), "cpu", {})
+    sets = measure._input_sets(run, case({}, make=lambda: (torch.rand(32), torch.zeros(4, dtype=torch.int64))))
+    assert len(sets) == 7  # of 160 bytes
+    assert len(measure._input_sets(run, case({}, make=lambda: (torch.rand(32),), whole=True))) == 1
+    assert len(measure._input_sets(run, case({}, make=lambda: (torch.rand(1000),)))) == 1
+
+
+def test_calls_go_on_through_the_sets() -> None:
+    seen: list[int] = []
+    runner = timing._Called([lambda i=i: seen.append(i) for i in range(3)], torch.device("cpu"))
+    runner.repeat = 4
+    seen.clear()
+    runner.at = 2
+    runner.sample()
+    runner.sample()
+    assert seen == [2, 0, 1, 2, 0, 1, 2, 0]
+
+
+def test_rivals_take_turns() -> None:
+    seen: list[str] = []
+    rivals = {name: [lambda name=name: (seen.append(name), time.sleep(2e-3))] for name in "ab"}
+    timing.measure(rivals, torch.device("cpu"), "wall", seconds=9.0, turns=3)
+    assert "".join(seen[-6:]) == "ababab"
+
+
+def test_peak_memory_of_a_cpu_call() -> None:
+    x = torch.rand(1000)
+    assert timing.peak_bytes(lambda: (x + 1) * 2, torch.device("cpu")) == pytest.approx(8000, abs=200)
+
+
+def test_compiled_rivals_are_static_at_every_shape(run: Run) -> None:
+    """From a second shape on torch.compile makes shapes symbols, and another case's code would serve."""
+    shapes: list[object] = []
+
+    def backend(graph, inputs):
+        shapes.append([i if isinstance(i, torch.SymInt) else tuple(i.shape) for i in inputs])
+        return graph.forward
+
+    def compiled(n: int) -> Case:
+        rival = peers.compiled(torch.sin, backend=backend)
+        return Case(f"{n}", lambda: (torch.rand(n),), {"ours": rival}, against(forward(torch.sin)))
+
+    for n in (8, 9, 10):
+        assert not measure.failed(measure.compare(run, compiled(n), timed=False))
+    assert shapes == [[(8,)], [(9,)], [(10,)]]
+
+
+def test_a_token_that_is_not_allowed_is_found() -> None:
+    logits = torch.arange(100.0)[None]
+    token = torch.tensor([3])
+    with pytest.raises(ValueError, match="among the 40 likeliest"):
+        bench_sampling.check((logits, None), (token, torch.log_softmax(logits, -1)[:, 3]))
+
+
+# --- the command for a GPU machine ----------------------------------------------------------------------------------
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    done = child("benchmarks.gpu", "--sizes", "tiny", "--minutes", "4", "--out", str(tmp_path), "--only", "sampl")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = json.loads(out.read_text())["parts"]
-    assert list(results) == ["environment", "ceilings", *parts]
-    for part in parts[:-1]:
-        for row in results[part]:
-            assert row["microseconds"]["ours"]["median"] > 0 and "gates" in row, row
-            assert "disagrees" not in row, row
-    assert all(len(row["microseconds"]) == 2 and not row["not_run"] for row in results["tables"])
+    (path,) = tmp_path.glob("*/*.json")
+    stages = results.read(path)["stages"]
+    assert list(stages) == ["environment", "ceilings", "sampling"]
+    assert stages["sampling"]["ceilings"]["copy"] > 0 and not stages["sampling"]["note"]
+    for row in stages["sampling"]["rows"]:
+        assert row["rivals"]["ours"]["us"] > 0 and row["rivals"]["ours"]["of_copy"] > 0, row
+    assert "missing" in stages["environment"]["rows"][0]
+    assert done.stdout.rstrip().endswith("kB)") and " 18 training step" in done.stdout
 
 
-def test_a_wrong_result_is_found() -> None:
-    x = torch.randn(100)
-    run_ = kernels.Run(torch.device("cpu"), True, {"copy": 1.0, "matmul": 1.0})
-    row = kernels.compare(run_, "wrong", {"ours": lambda: x * 0, "torch": lambda: x.sin()}, gates={"torch": 1.0})
-    assert "torch" in row["disagrees"] and row["gates"] == {"torch x 1.0": None}
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_a_stage_that_hangs_is_ended_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the processes that it has started."""
+    marker = tmp_path / "late"
+    hanging = f"""echo 'ROW {{"name": "first"}}'; (sleep 2; touch {marker}) & sleep 30"""
+    monkeypatch.setattr(gpu.sys, "executable", script(tmp_path / "python", hanging))
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    rows: list[dict] = []
+    note = gpu.run_stage("gemm", gpu.parse([]), 0.8, {}, rows.append)
+    assert rows == [{"name": "first"}] and "at its limit" in note
+    time.sleep(1.5)
+    assert not marker.exists()
+
+
+def test_a_stage_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.sys, "executable", script(tmp_path / "python", "echo illegal memory access; exit 3"))
+    assert gpu.run_stage("gemm", gpu.parse([]), 5, {}, print) == "exit status 3: illegal memory access"
+
+
+def test_time_is_shared_out() -> None:
+    """What a stage leaves over goes to the next; a limit set by hand takes nothing from the others beyond itself."""
+    everything = list(gpu.STAGES)
+    shares = sum(share for _, share in gpu.STAGES.values())
+    assert gpu.limits(everything, 500.0, {}) == pytest.approx(500 * gpu.STAGES["environment"][1] / shares)
+    assert gpu.limits(["sanitizer"], 77.0, {}) == 77.0
+    assert gpu.limits(["tests", "sanitizer"], 100.0, {"tests": 300.0}) == 100.0
+    first = gpu.limits(everything, 500.0, {"tests": 200.0})
+    assert first == pytest.approx(300 / (shares - gpu.STAGES["tests"][1]))
+    assert gpu.limits(everything, 100.0, {"tests": 200.0}) == 0.0
+
+
+def test_stages_are_chosen_by_a_part_of_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.chosen("attention, tests") == [
+        "environment",
+        "ceilings",
+        "fused_attention",
+        "attention_backward",
+        "tests",
+    ]
+    for bad in (["--only", "nothing"], ["--limit", "tests"], ["--limit", "nothing=3"], ["--minutes", "0"]):
+        with pytest.raises(SystemExit) as caught:
+            gpu.parse(bad)
+        assert caught.value.code == 2
+    assert "--only must name stages" in capsys.readouterr().err
+
+
+def test_a_failing_test_file_is_a_failing_row(tmp_path: Path) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n")
+    end = time.monotonic() + 60
+    row = gpu._pytest("it", [sys.executable], [str(file), "-c", os.devnull], {}, end)
+    assert (row["passed"], row["failed"]) == (1, 1) and "test_wrong" in row["failures"][0] and measure.failed(row)
+    assert gpu._pytest("it", [sys.executable], [str(file)], {}, 0.0)["not_run"]
+
+
+def test_every_module_has_a_stage() -> None:
+    assert {module.removeprefix("bench_") for module in MODULES} <= set(gpu.STAGES)
 
 
 def test_the_sanitizer_meets_every_kernel() -> None:
@@ -51,13 +301,6 @@ def test_the_sanitizer_meets_every_kernel() -> None:
             assert f"test_{operator.get(path.name, path.name)}" in files | {"test_fused_attention.py"}, path.name
 
 
-def test_no_gpu_is_said(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "no GPU is visible" in done.stderr
-
-
 def test_a_candidate_takes_the_place_of_the_row_that_would_serve() -> None:
     before = dict(fused_attention.TILES)
     with tune.row_instead(fused_attention.TILES, (16, 16, 4, 1)):
@@ -65,3 +308,63 @@ def test_a_candidate_takes_the_place_of_the_row_that_would_serve() -> None:
         assert _check.tile_for(fused_attention.TILES, q) == (16, 16, 4, 1)
         assert _check.tile_for(fused_attention.TILES, q.float()) == before[0, 4, 64]
     assert fused_attention.TILES == before
+
+
+# --- pytest benchmarks/ ---------------------------------------------------------------------------------------------
+
+MODULE = """
+import torch
+from benchmarks.measure import Absent, Case, against, forward
+
+def absent(x):
+    raise Absent("its package is not installed")
+
+def cases(run):
+    rivals = {"ours": torch.sin, "wrong": torch.cos, "absent": absent}
+    yield Case("sine", lambda: (torch.rand(9),), {n: forward(f) for n, f in rivals.items()},
+               against(forward(torch.sin)), moved=72.0)
+
+def test_speed(measured):
+    assert measured.right, measured.why
+"""
+
+
+def test_pytest_measures_fails_and_skips(tmp_path: Path) -> None:
+    """pytest-benchmark reports what was measured, not what its own rounds took."""
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "bench_sine.py").write_text(MODULE)
+    saved = tmp_path / "saved.json"
+    done = child(
+        "pytest", "-p", "benchmarks.conftest", "-c", str(ROOT / "pyproject.toml"), str(tmp_path / "bench_sine.py"),
+        "--sizes", "tiny", "--benchmark-json", str(saved), "--out", str(tmp_path / "out"), "-p", "no:cacheprovider",
+    )  # fmt: skip
+    assert "1 failed, 1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+    assert "its package is not installed" in done.stdout and "of the largest value" in done.stdout
+    (kept,) = (tmp_path / "out").glob("*/*.json")
+    (row,) = results.read(kept)["stages"]["sine"]["rows"]
+    (entry,) = json.loads(saved.read_text())["benchmarks"]
+    assert entry["group"] == "sine" and entry["name"] == "test_speed[sine-ours]"
+    assert entry["stats"]["median"] * 1e6 == pytest.approx(row["rivals"]["ours"]["us"])
+    assert entry["extra_info"]["of_copy"] == row["rivals"]["ours"]["of_copy"]
+
+
+# --- goals ----------------------------------------------------------------------------------------------------------
+
+
+def row(name: str, **figures: float) -> measure.Row:
+    return {"name": name, "rivals": {"ours": figures}}
+
+
+@pytest.mark.parametrize(
+    "values, at_most, expected",
+    [
+        ([], False, "missing"), ([0.99], False, "goal"), ([0.85], False, "gate"), ([0.7], False, "missed"),
+        ([0.99, 0.85], False, "gate"), ([0.99, None], False, "missing"), ([0.99], True, "missed"),
+        ([0.5], True, "goal"),
+    ],
+)  # fmt: skip
+def test_the_worst_row_decides(values: list, at_most: bool, expected: str) -> None:
+    levels = (0.9, 0.6) if at_most else (0.8, 0.95)
+    gate = gates.Gate(1, "x", "paged ", gates.ours("of_copy"), "of copy", *levels, at_most=at_most)
+    rows = [row(f"paged {i}", **({} if v is None else {"of_copy": v})) for i, v in enumerate(values)]
+    assert gate.judge([*rows, row("other", of_copy=0.1)])[1] == expected
