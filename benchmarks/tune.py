@@ -15,8 +15,8 @@ from gpt2_kernels import _paged_decode, attention_backward, fused_attention, gem
 Table = dict[tuple[int, ...], tuple[int, ...]]
 
 # Tiles that compile without spills for sm_90 at D = 64 in bfloat16, by table: (BLOCK_M, BLOCK_N, warps, stages);
-# for linear (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), for decode (SPLIT, BLOCK_N, warps, stages). The first case whose
-# name begins so tries them.
+# for linear (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), for decode (SPLIT, BLOCK_N, warps, stages). The first case
+# whose name begins so tries them.
 CANDIDATES: dict[str, tuple[ModuleType, str, Table, list[tuple[int, ...]]]] = {
     "attention forward": (
         bench_fused_attention, "attention forward", fused_attention.TILES,
