@@ -39,6 +39,11 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def slug(device: str) -> str:
+    """The name of a device's folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on besides the code."""
     found: dict[str, Any] = {
@@ -91,8 +96,7 @@ class Results:
 
     def __init__(self, folder: Path, device: str, date: str | None = None):
         date = date or time.strftime("%Y-%m-%d")
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        self.path = folder / slug / f"{date}.json"
+        self.path = folder / slug(device) / f"{date}.json"
         self.content: dict[str, Any] = {"device": device, "date": date, "stages": {}}
         if self.path.exists():
             self.content = read(self.path)

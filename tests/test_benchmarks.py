@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import bench_sampling, gates, gpu, measure, peers, results, timing, tune
+from benchmarks import bench_sampling, gates, gpu, measure, peers, report, results, timing, tune
 from benchmarks.measure import Case, Run, against, backward, both, forward
 from benchmarks.timing import Time
 from gpt2_kernels import _check, fused_attention
@@ -368,3 +368,70 @@ def test_the_worst_row_decides(values: list, at_most: bool, expected: str) -> No
     gate = gates.Gate(1, "x", "paged ", gates.ours("of_copy"), "of copy", *levels, at_most=at_most)
     rows = [row(f"paged {i}", **({} if v is None else {"of_copy": v})) for i, v in enumerate(values)]
     assert gate.judge([*rows, row("other", of_copy=0.1)])[1] == expected
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, device: str, date: str, stages: dict[str, list], sizes: str = "gpu") -> None:
+    kept = results.Results(folder, device, date)
+    for stage, rows in stages.items():
+        environment = results.environment(torch.device("cpu")) | {"time": f"{date} 10:00", "commit": "abc1234"}
+        kept.begin(stage, sizes, environment, {"copy": 4e12, "matmul": 8e14})
+        for each in rows:
+            kept.add(stage, each)
+
+
+def attention(T: int, us: float) -> measure.Row:
+    ours = {"us": us, "us_low": us, "us_high": us, "tflops": 400.0, "of_matmul": 0.5, "gb_s": 1.0, "of_copy": 0.1}
+    return {
+        "name": f"attention forward B=16 T={T} H=12 D=64 bfloat16", "flops": 4e9, "moved": 1e7,
+        "rivals": {"ours": ours, "cudnn": {**ours, "us": 1.3 * us}}, "not_run": {"flex": "no luck"},
+        "wrong": {"flash": "error 3"}, "faster_than": {"cudnn": 1.3},
+    }  # fmt: skip
+
+
+def test_the_report_shows_what_there_is_and_what_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figures = {"us": 5.0, "us_low": 5.0, "us_high": 5.0, "per_second": 1234.0, "of_copy": 0.7}
+    decode = {"name": "decode gpt2 batch=8 context=5..9", "unit": "tokens", "rivals": {"ours": figures}}
+    files = [{"name": "test_x.py", "passed": 3, "failed": 1, "failures": ["FAILED tests/test_x.py::test_y"]}]
+    folder = tmp_path / "results"
+    saved(folder, "NVIDIA H200", "2026-01-01", {"fused_attention": [attention(1024, 111.0)], "engine": [decode]})
+    saved(folder, "NVIDIA H200", "2026-01-02", {"fused_attention": [attention(1024, 222.0)], "tests": files})
+    saved(folder, "a laptop", "2026-01-02", {"engine": [decode]}, sizes="cpu")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- made by python -m benchmarks.report -->\nold\n<!-- end -->\nafter\n")
+    out = tmp_path / "RESULTS.md"
+    report.write(folder, out, readme)
+    text = out.read_text()
+    assert "222 (222-222)" in text and "111" not in text, "the newest measurement of a stage counts"
+    assert "1,234 tokens/s" in text, "an older day's stage is still shown"
+    assert "| 1 | attention forward, T=1024 | 1.3 x SDPA cuDNN | >= 1 | >= 1.25 | goal |" in text
+    assert "| 14 | decode, batch 8..64, 124M | 0.7 of copy | >= 0.6 | >= 0.8 | gate |" in text
+    assert "| 18 | training step, 124M (x compiled) | missing | >= 1 | >= 1.3 | missing |" in text
+    assert "flex: not run (no luck)" in text and "flash: WRONG" in text and "test_x.py::test_y" in text
+    assert text.index("## NVIDIA H200") < text.index("## a laptop")
+    for plot in ("roofline", "attention", "tokens"):
+        assert (folder / "nvidia-h200" / f"{plot}.svg").stat().st_size > 1000 and f"nvidia-h200/{plot}.svg" in text
+    assert not (folder / "a-laptop" / "attention.svg").exists()
+    page = readme.read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert "NVIDIA H200" in page and "222" in page
+    again = out.read_text(), (folder / "nvidia-h200" / "tokens.svg").read_bytes()
+    report.write(folder, out, readme)
+    assert (
+        again == (out.read_text(), (folder / "nvidia-h200" / "tokens.svg").read_bytes()) and page == readme.read_text()
+    )
+
+
+def test_the_report_without_a_gpu_says_so(tmp_path: Path) -> None:
+    text = report.page({}, {})
+    assert "No GPU has been measured" in text and text.count("| missing |") == 2 * len(gates.GATES)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / "2026-01-01.json").write_text('{"benchmarks": []}')
+    with pytest.raises(ValueError, match="must be a file that pytest benchmarks/ or benchmarks.gpu wrote"):
+        results.read(tmp_path / "device" / "2026-01-01.json")
