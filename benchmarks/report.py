@@ -118,7 +118,8 @@ def _origin(entry: dict[str, Any]) -> str:
         if ceilings
         else ""
     )
-    return f"{environment['time']}, commit {environment['commit']}, sizes: {entry['sizes']}{at}"
+    load = f"; {environment['load']} processes were waiting or running before" if "load" in environment else ""
+    return f"{environment['time']}, commit {environment['commit']}, sizes: {entry['sizes']}{at}{load}"
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -72,6 +72,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             found["nvidia_smi"] = output([smi, f"--query-gpu={query}", "--format=csv"])
     else:
         found["capability"] = torch.backends.cpu.get_cpu_capability()
+        if hasattr(os, "getloadavg"):
+            found["load"] = round(os.getloadavg()[0], 1)  # what else ran: a busy machine's figures say little
     return found
 
 

@@ -376,7 +376,11 @@ def test_the_worst_row_decides(values: list, at_most: bool, expected: str) -> No
 def saved(folder: Path, device: str, date: str, stages: dict[str, list], sizes: str = "gpu") -> None:
     kept = results.Results(folder, device, date)
     for stage, rows in stages.items():
-        environment = results.environment(torch.device("cpu")) | {"time": f"{date} 10:00", "commit": "abc1234"}
+        environment = results.environment(torch.device("cpu")) | {
+            "time": f"{date} 10:00",
+            "commit": "abc1234",
+            "load": 7.5,
+        }
         kept.begin(stage, sizes, environment, {"copy": 4e12, "matmul": 8e14})
         for each in rows:
             kept.add(stage, each)
@@ -410,6 +414,7 @@ def test_the_report_shows_what_there_is_and_what_is_missing(tmp_path: Path) -> N
     assert "| 1 | attention forward, T=1024 | 1.3 x SDPA cuDNN | >= 1 | >= 1.25 | goal |" in text
     assert "| 14 | decode, batch 8..64, 124M | 0.7 of copy | >= 0.6 | >= 0.8 | gate |" in text
     assert "| 18 | training step, 124M (x compiled) | missing | >= 1 | >= 1.3 | missing |" in text
+    assert "commit abc1234" in text and "7.5 processes were waiting" in text
     assert "flex: not run (no luck)" in text and "flash: WRONG" in text and "test_x.py::test_y" in text
     assert text.index("## NVIDIA H200") < text.index("## a laptop")
     for plot in ("roofline", "attention", "tokens"):
