@@ -93,6 +93,13 @@ class BlockPool:
             if self._references[block] == 0:
                 (self._cached if block in self._hash_of else self._plain)[block] = None
 
+    def forget(self) -> None:
+        """Unlearn what every block holds: nothing is found by its hash any more."""
+        self._plain.update(self._cached)
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of.clear()
+
     def check(self) -> None:
         """Assert the invariants of the class."""
         free = set(self._plain) | set(self._cached)

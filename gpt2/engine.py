@@ -1,14 +1,18 @@
 """Batch generation: many requests at once over one paged key-value cache.
 
-    prompts -> Scheduler (ints) -> GPT2.forward_paged (tensors) -> sample -> tokens -> stop checks, text -> Completion
+    prompts -> Scheduler (ints) -> prefill / Decoder (tensors) -> tokens -> stop checks, text -> Completion
 
 Requests join and leave between steps (continuous batching, Yu et al., 2022). Every batch is ragged: no padding, so the
 tokens of a request are a function of the weights, its prompt and its parameters alone.
+
+A step of the engine plans, has the device start on the plan, and then reads the tokens of the plan before: on a GPU,
+which gets DECODE_STEPS tokens of each text to do at a time, the host works while the device does.
 """
 
 from __future__ import annotations
 
-import os
+import dataclasses
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import tiktoken
@@ -16,15 +20,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import gpt2_kernels as ops
 from gpt2.blocks import BlockPool
+from gpt2.cache import PagedCache, upload
+from gpt2.decode import Decoder, Drawn
 from gpt2.model import GPT2, PagedBatch
 from gpt2.request import Completion, Logprob, Output, Request, Sample, make_request
 from gpt2.sampling import SamplingParams
-from gpt2.scheduler import Chunk, Scheduler
+from gpt2.scheduler import Chunk, Plan, Scheduler
 from gpt2.scheduler import Sequence as Text
 
 PREFILL_TOKENS = 2048  # most prompt tokens of one step, so that texts under way keep moving
+DECODE_STEPS = 8  # tokens of each text that a GPU makes before the host looks at them
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """Work that the device has been given: whose tokens, and where they will be."""
+
+    samples: list[Sample]
+    drawn: Drawn
 
 
 class Engine:
@@ -33,6 +47,8 @@ class Engine:
     model: a GPT2 in eval mode, whose device and dtype are used. tokenizer: None means token ids only, and texts "".
     max_batch: most sequences that run together. num_blocks: size of the cache in blocks of block_size tokens; None
     sizes it from free memory. prefix_caching: prompts that begin alike share the blocks of their common beginning.
+    cuda_graphs: on a GPU, replay the captured step instead of launching each kernel of it. cache_dtype: None for the
+    model's, or torch.float8_e4m3fn: half the bytes of bfloat16, and keys and values rounded to 4 bits of precision.
     """
 
     def __init__(
@@ -44,6 +60,8 @@ class Engine:
         num_blocks: int | None = None,
         block_size: int = 16,
         prefix_caching: bool = True,
+        cuda_graphs: bool = True,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("num_blocks", num_blocks), ("block_size", block_size)):
             if name == "num_blocks" and value is None:
@@ -57,22 +75,22 @@ class Engine:
             )
         self.model = model
         self.tokenizer = tokenizer
-        config = model.config
-        block_shape = (model.cache_heads, block_size, config.head_dim)  # a head's rows side by side
-        if num_blocks is None:
-            # Two tensors a layer; no more than max_batch sequences of full length can ever use.
-            bytes_a_block = 2 * config.n_layer * config.n_embd * block_size * model.wte.weight.element_size()
-            most = max_batch * -(-config.n_positions // block_size)
-            num_blocks = max(1, min(most, int(_free_memory(model.device)) // bytes_a_block))
-        # Not filled: a slot is written before it is read, and untouched pages cost a CPU no memory.
-        storage = torch.empty((config.n_layer, 2, num_blocks, *block_shape), dtype=model.dtype, device=model.device)
-        self._cache = [(kv[0].transpose(1, 2), kv[1].transpose(1, 2)) for kv in storage]
+        on_gpu = model.device.type == "cuda"
+        self._steps, self._most_unread = (DECODE_STEPS, 1) if on_gpu else (1, 0)
+        self._cache = PagedCache(
+            model, num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, dtype=cache_dtype
+        )
+        self._decoder = Decoder(
+            model, self._cache, rows=max_batch, most_steps=DECODE_STEPS, cuda_graphs=cuda_graphs and on_gpu
+        )
         self._scheduler = Scheduler(
-            BlockPool(num_blocks, block_size),
+            BlockPool(self._cache.num_blocks, block_size),
             max_batch=max_batch,
             prefill_tokens=PREFILL_TOKENS,
             prefix_caching=prefix_caching,
         )
+        self._unread: deque[Started] = deque()
+        self._swapped: dict[Text, Tensor] = {}  # keys and values in host memory
         self._requests: dict[int, Request] = {}
         self._sample_of: dict[Text, Sample] = {}
         self._ready: list[Completion] = []  # finished, not yet handed out by `step`
@@ -122,10 +140,7 @@ class Engine:
         try:
             self._advance()
         except BaseException:
-            finished = self._ready[:]
-            for request in list(self._requests.values()):
-                self.abort(request.number)
-            self._ready = finished  # nothing that was done before is lost
+            self._give_up()
             raise
         ready, self._ready = self._ready, []
         return ready
@@ -140,13 +155,23 @@ class Engine:
             return None
         return [
             Output(
-                text=s.stream.text,
+                text=s.text,
                 tokens=s.sequence.tokens[s.sequence.prompt_length :],
                 finish_reason=s.finish_reason or "",
                 logprobs=s.logprobs[:] if request.params.logprobs else None,
             )
             for s in request.samples
         ]
+
+    def _give_up(self) -> None:
+        """End every request and forget everything that a failed step may have left half done."""
+        finished = self._ready[:]
+        self._unread.clear()
+        self._decoder.keep([])
+        for request in list(self._requests.values()):
+            self.abort(request.number)
+        self._scheduler.pool.forget()
+        self._ready = finished  # nothing that was done before is lost
 
     @property
     def unfinished(self) -> int:
@@ -160,11 +185,12 @@ class Engine:
             "num_blocks": pool.num_blocks,
             "free_blocks": pool.free_blocks,
             "prefix_hits": self._scheduler.prefix_hits,
-            "preemptions": 0,  # a sequence is admitted only with all the blocks it may need
+            "preemptions": self._scheduler.preemptions,
             "prompt_tokens": self._prompt_tokens,
             "output_tokens": self._output_tokens,
             "running": len(self._scheduler.running),
             "waiting": len(self._scheduler.waiting),
+            "cache_bytes": self._cache.bytes,
         }
 
     # -- whole jobs
@@ -227,7 +253,7 @@ class Engine:
         sent = 0
         try:
             while True:
-                text = request.samples[0].stream.text
+                text = request.samples[0].text
                 if len(text) > sent:
                     yield text[sent:]
                     sent = len(text)
@@ -254,20 +280,59 @@ class Engine:
 
     @torch.no_grad()
     def _advance(self) -> None:
-        chunks = self._scheduler.schedule()
-        if not chunks:
+        plan = self._scheduler.schedule(self._steps)
+        if not plan.is_empty:
+            self._start(plan)
+            self._scheduler.commit(plan)
+        while len(self._unread) > (0 if plan.is_empty else self._most_unread):
+            self._read(self._unread.popleft())
+
+    def _start(self, plan: Plan) -> None:
+        """Have the device carry out a plan; on a GPU nothing here waits for it."""
+        decoder, cache = self._decoder, self._cache
+        for text, blocks in plan.swap_out:
+            self._swapped[text] = cache.save(blocks)
+        for text, first in plan.swap_in:
+            contents = self._swapped.pop(text)
+            cache.restore(text.blocks[first : contents.shape[2]], contents[:, :, first:])
+        if plan.copies:
+            cache.copy(plan.copies)
+        decoder.keep([s for s in plan.decode if decoder.has(s)])
+        decoder.grow([(s, first) for s, first in plan.grown if decoder.has(s)])
+        returning = [self._sample_of[s] for s in plan.decode if not decoder.has(s)]
+        if returning:
+            decoder.join(returning, decoder.new_rows(returning))
+        if plan.decode:
+            drawn = decoder.run(plan.steps)
+            self._unread.append(Started([self._sample_of[s] for s in decoder.sequences], drawn))
+        if plan.prefill:
+            self._prefill(plan.prefill)
+
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        hidden = self.model.forward_paged(self._batch(chunks), self._cache.layers)
+        # A token is drawn where a prompt is complete; other chunks are parts of long prompts.
+        last_rows, row = [], -1
+        for c in chunks:
+            row += c.last - c.first
+            if c.is_complete:
+                last_rows.append(row)
+        if not last_rows:
             return
-        hidden = self.model.forward_paged(self._batch(chunks), self._cache)
-        self._scheduler.commit(chunks)
-        # A token is drawn where a chunk reached the end of its text; other chunks are parts of long prompts.
-        ends = torch.tensor([c.last - c.first for c in chunks]).cumsum(0) - 1
-        complete = [i for i, c in enumerate(chunks) if c.is_complete]
-        if complete:
-            rows = ends[complete].to(hidden.device)
-            self._sample([self._sample_of[chunks[i].sequence] for i in complete], self.model.logits(hidden[rows]))
+        samples = [self._sample_of[c.sequence] for c in chunks if c.is_complete]
+        top = max(s.request.params.logprobs for s in samples)
+        rows = self._decoder.new_rows(samples)
+        logits = self.model.logits(hidden[upload(last_rows, torch.int64, self.model.device)])
+        tokens, logprobs, likeliest = rows.draw(logits, top)
+        tokens = rows.advance(tokens)
+        details = None
+        if likeliest is not None:
+            details = logprobs.unsqueeze(0), likeliest[0].unsqueeze(0), likeliest[1].unsqueeze(0)
+        self._unread.append(Started(samples, Drawn(tokens.unsqueeze(0), details)))
+        chosen = [i for i, s in enumerate(samples) if s.sequence.prompt_length + 1 < s.sequence.max_length]
+        self._decoder.join([samples[i] for i in chosen], rows, chosen)
 
     def _batch(self, chunks: list[Chunk]) -> PagedBatch:
-        size = self._scheduler.pool.block_size
+        size = self._cache.block_size
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -280,77 +345,43 @@ class Engine:
             starts.append(len(tokens))
         widest = max(len(c.sequence.blocks) for c in chunks)
         table = [c.sequence.blocks + [0] * (widest - len(c.sequence.blocks)) for c in chunks]
-
-        def int64(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self.model.device)
-
-        def int32(values: list) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self.model.device)
-
+        device = self.model.device
+        each_token = upload([tokens, positions, slots], torch.int64, device)
         return PagedBatch(
-            tokens=int64(tokens),
-            positions=int64(positions),
-            slots=int64(slots),
-            block_table=int32(table),
-            context_lens=int32([c.last for c in chunks]),
-            cu_seqlens=int32(starts),
+            tokens=each_token[0],
+            positions=each_token[1],
+            slots=each_token[2],
+            block_table=upload(table, torch.int32, device),
+            context_lens=upload([c.last for c in chunks], torch.int32, device),
+            cu_seqlens=upload(starts, torch.int32, device),
             # Prompts always take the prefill path, a single row of one too: another tile could give other bits.
-            max_seqlen=max(max(c.last - c.first for c in chunks), 2 if chunks[0].sequence.prefilling else 1),
+            max_seqlen=max(2, *(c.last - c.first for c in chunks)),
         )
 
-    def _sample(self, samples: list[Sample], logits: Tensor) -> None:
-        """Draw a token for each sample from its row of logits, and finish those that it ends."""
-        params = [s.request.params for s in samples]
-
-        def row(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits.device)
-
-        penalties = [p.repetition_penalty for p in params]
-        history = penalty = None
-        if any(p != 1.0 for p in penalties):
-            penalty = row(penalties, torch.float32)
-            history = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            for i, s in enumerate(samples):
-                history[i, s.sequence.tokens] = True
-        tokens, logprobs, top = ops.sample(
-            logits,
-            temperature=row([p.temperature for p in params], torch.float32),
-            top_k=row([p.top_k for p in params], torch.int64),
-            top_p=row([p.top_p for p in params], torch.float32),
-            min_p=row([p.min_p for p in params], torch.float32),
-            seeds=row([s.seed for s in samples], torch.int64),
-            positions=row([len(s.sequence.tokens) for s in samples], torch.int64),
-            history=history,
-            repetition_penalty=penalty,
-            top_logprobs=max(p.logprobs for p in params),
-        )
-        chosen, own = tokens.tolist(), logprobs.tolist()
-        ids, values = ([], []) if top is None else (top[0].tolist(), top[1].tolist())
-        for i, s in enumerate(samples):
-            if wanted := s.request.params.logprobs:
-                likeliest = tuple(zip(ids[i][:wanted], values[i][:wanted]))
-                s.logprobs.append(Logprob(chosen[i], own[i], likeliest))
-            self._take(s, chosen[i])
-
-    def _take(self, sample: Sample, token: int) -> None:
-        params, sequence = sample.request.params, sample.sequence
-        sequence.tokens.append(token)
-        self._output_tokens += 1
-        is_end = token == self.model.config.eos_token_id and not params.ignore_eos
-        if is_end or token in params.stop_token_ids:
-            self._finish(sample, "stop")
-        else:
-            sample.stream.push(token)
-            if sample.stream.stopped:
-                self._finish(sample, "stop")
-            elif len(sequence.tokens) == sequence.max_length:
-                self._finish(sample, "length")
-        self._hand_out(sample.request)
+    def _read(self, started: Started) -> None:
+        """Give texts the tokens that have come, and finish those that end with them."""
+        each, details = started.drawn.read()
+        for i, (sample, tokens) in enumerate(zip(started.samples, each)):
+            if sample.finish_reason is not None:
+                continue  # it has ended while these were being made
+            if tokens[-1] < 0:
+                tokens = tokens[: tokens.index(-1)]
+            count = sample.take(tokens, self.model.config.eos_token_id)
+            self._output_tokens += count
+            if details is not None and (wanted := sample.request.params.logprobs):
+                for token, (logprob, ids, values) in zip(tokens[:count], details[i]):
+                    sample.logprobs.append(Logprob(token, logprob, tuple(zip(ids[:wanted], values[:wanted]))))
+            if sample.finish_reason is not None:
+                self._forget(sample)
+                self._hand_out(sample.request)
 
     def _finish(self, sample: Sample, reason: str) -> None:
-        sample.stream.finish()
-        sample.finish_reason = "stop" if sample.stream.stopped else reason
+        sample.finish(reason)
+        self._forget(sample)
+
+    def _forget(self, sample: Sample) -> None:
         self._sample_of.pop(sample.sequence, None)
+        self._swapped.pop(sample.sequence, None)
         self._scheduler.remove(sample.sequence)
 
     def _hand_out(self, request: Request) -> None:
@@ -358,17 +389,3 @@ class Engine:
         if request.done and request.number in self._requests:
             del self._requests[request.number]
             self._ready.append(request.completion())
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes that the cache may take: most of what a GPU has free, or a third of what a computer has."""
-    if device.type == "cuda":
-        return 0.85 * torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        available = (
-            8 * 2**30 if not hasattr(os, "sysconf") else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        )
-    return available / 3

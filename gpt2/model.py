@@ -14,6 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,15 @@ class PagedBatch:
     context_lens: Tensor  # (S,) int32, tokens in the cache once these are in
     cu_seqlens: Tensor  # (S + 1,) int32, first row of each sequence
     max_seqlen: int  # most rows of one sequence; 1 is decode
+
+
+class LayerCache(NamedTuple):
+    """The paged cache of one layer; scales (H,) float32 where it is float8_e4m3fn."""
+
+    keys: Tensor  # (num_blocks, block_size, H, D)
+    values: Tensor  # (num_blocks, block_size, H, D)
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
 
 class SelfAttention(nn.Module):
@@ -97,6 +107,25 @@ def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
+def _attend_paged(q: Tensor, k: Tensor, v: Tensor, *, batch: PagedBatch, cache: LayerCache, scale: float) -> Tensor:
+    """Attention (N, H, D) over what the cache holds, with keys and values of the new tokens written to it first."""
+    scales: dict[str, Any] = {}
+    if cache.key_scale is not None:
+        scales = {"k_scale": cache.key_scale, "v_scale": cache.value_scale}
+    ops.append_kv_(k, v, cache.keys, cache.values, batch.slots, **scales)
+    return ops.paged_attention(
+        q,
+        cache.keys,
+        cache.values,
+        batch.block_table,
+        batch.context_lens,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        scale=scale,
+        **scales,
+    )
+
+
 class GPT2(nn.Module):
     """GPT-2 with fused operators; `config` gives its shape, `from_pretrained` its weights."""
 
@@ -124,6 +153,11 @@ class GPT2(nn.Module):
         assert isinstance(block, Block)
         return block.attn.heads[1]
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """dtype of keys and values."""
+        return self.dtype
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of token ids (B, T) int64: row t scores what may follow tokens[:, :t + 1].
 
@@ -149,37 +183,12 @@ class GPT2(nn.Module):
         return _normalize(self.ln_f, x)
 
     @torch.no_grad()
-    def forward_paged(self, batch: PagedBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Final hidden states (N, C) of packed tokens; their keys and values are written to the cache.
-
-        `cache` holds (keys, values) for each layer, (num_blocks, block_size, H, D).
-        """
+    def forward_paged(self, batch: PagedBatch, cache: Sequence[LayerCache]) -> Tensor:
+        """Final hidden states (N, C) of packed tokens; their keys and values are written to the cache of each layer."""
         x = self.wte(batch.tokens) + self.wpe(batch.positions)
         for layer, block in enumerate(self.h):
-            k_cache, v_cache = cache[layer]
             scale = self.config.attention_scale(layer)
-
-            def attend(
-                q: Tensor,
-                k: Tensor,
-                v: Tensor,
-                k_cache: Tensor = k_cache,
-                v_cache: Tensor = v_cache,
-                scale: float = scale,
-            ) -> Tensor:
-                ops.append_kv_(k, v, k_cache, v_cache, batch.slots)
-                return ops.paged_attention(
-                    q,
-                    k_cache,
-                    v_cache,
-                    batch.block_table,
-                    batch.context_lens,
-                    batch.cu_seqlens,
-                    batch.max_seqlen,
-                    scale=scale,
-                )
-
-            x = block(x, attend)
+            x = block(x, functools.partial(_attend_paged, batch=batch, cache=cache[layer], scale=scale))
         return _normalize(self.ln_f, x)
 
     def logits(self, hidden: Tensor) -> Tensor:

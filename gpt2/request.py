@@ -61,6 +61,49 @@ class Sample:
     stream: TextStream
     logprobs: list[Logprob]
     finish_reason: str | None = None
+    read: int = 0  # tokens of the sequence that `stream` has seen, or that stand for no text
+
+    def take(self, tokens: list[int], eos_token_id: int) -> int:
+        """Append tokens, up to one that ends the text, and return how many were appended; see `finish_reason`."""
+        params, known = self.request.params, self.sequence.tokens
+        ends = params.stop_token_ids if params.ignore_eos else (eos_token_id, *params.stop_token_ids)
+        if not params.stop and not any(end in tokens for end in ends):  # as nearly always: nothing can end it early
+            known += tokens
+            if len(known) == self.sequence.max_length:
+                self.finish("length")
+            return len(tokens)
+        for count, token in enumerate(tokens, 1):
+            known.append(token)
+            if token in ends:
+                self._read(len(known) - 1)
+                self.read = len(known)  # it is no text
+                self.finish("stop")
+            else:
+                self._read(len(known))
+                if self.stream.stopped:
+                    self.finish("stop")
+                elif len(known) == self.sequence.max_length:
+                    self.finish("length")
+            if self.finish_reason is not None:
+                return count
+        return len(tokens)
+
+    @property
+    def text(self) -> str:
+        """What is certain of the text so far."""
+        self._read(len(self.sequence.tokens))
+        return self.stream.text
+
+    def _read(self, count: int) -> None:
+        for token in self.sequence.tokens[self.read : count]:
+            self.stream.push(token)
+        self.read = max(self.read, count)
+
+    def finish(self, reason: str) -> None:
+        """End the text, for a reason that gives way to a stop string found in its last characters."""
+        self._read(len(self.sequence.tokens))
+        self.stream.finish()
+        self.finish_reason = "stop" if self.stream.stopped else reason
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,11 +158,12 @@ def make_request(
         raise ValueError(f"Engine: stop_token_ids must be below {config.vocab_size}, got {bad[0]}")
     seed = secrets.randbits(63) if params.seed is None else params.seed
     request = Request(-1, tokens, params, seed)
+    family = scheduler.Family()
     for number in range(params.n):
-        leader = request.samples[0].sequence if number else None
-        sequence = scheduler.Sequence(tokens=list(tokens), prompt_length=len(tokens), max_length=length, leader=leader)
+        sequence = scheduler.Sequence(tokens=list(tokens), prompt_length=len(tokens), max_length=length, family=family)
         stream = TextStream(tokenizer, params.stop)
-        request.samples.append(Sample(request, sequence, _sample_seed(seed, number), stream, []))
+        sample = Sample(request, sequence, _sample_seed(seed, number), stream, [], read=len(tokens))
+        request.samples.append(sample)
     return request
 
 

@@ -1,37 +1,51 @@
-"""Which tokens the model computes next: continuous batching over a pool of cache blocks. Plain Python over ints."""
+"""Which tokens the model computes next: continuous batching over a pool of cache blocks. Plain Python over ints.
+
+`Scheduler.schedule` makes a plan, the engine has the device carry it out, `Scheduler.commit` notes that it has been
+started. A plan may be made before the results of the last one are known: the device does things in the order in which
+they were started, and a text grows by one token a step until it ends, so that its length is known in advance.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import OrderedDict
 
 from gpt2.blocks import BlockPool, chain_hashes
+
+
+@dataclasses.dataclass(eq=False)
+class Family:
+    """The samples of one request: they have the same prompt, and share its blocks."""
+
+    holder: Sequence | None = None  # the running sample that computes the prompt, or that has done so
 
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
     """One text being written: a sample of a request."""
 
-    tokens: list[int]  # the prompt, then what was generated
+    tokens: list[int]  # the prompt, then what was generated and has come back from the device
     prompt_length: int
     max_length: int  # prompt and output together end here at the latest
-    leader: Sequence | None = None  # an earlier sample of the same prompt, whose blocks this one will share
+    family: Family = dataclasses.field(default_factory=Family)
     blocks: list[int] = dataclasses.field(default_factory=list)
     hashes: list[bytes] = dataclasses.field(default_factory=list)  # of the prompt's full blocks
-    computed: int = 0  # tokens whose keys and values are in the cache
+    computed: int = 0  # prompt tokens whose keys and values are in the cache
+    planned: int = 0  # length once everything that was started is done, unless the text ends earlier
+    swapped: bool = False  # its keys and values are in host memory, and it waits to go on
 
     @property
     def prefilling(self) -> bool:
         return self.computed < self.prompt_length
 
-    def blocks_needed(self, block_size: int) -> int:
-        """Blocks that the longest form of this text fills; its last token is never fed back, so it needs no room."""
-        return max(1, -(-(self.max_length - 1) // block_size))
+    def blocks_for(self, length: int, block_size: int) -> int:
+        """Blocks that this text fills at a length; its last token is not fed back yet, so it needs no room."""
+        return (min(length, self.max_length) - 2) // block_size + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Tokens first..last - 1 of a sequence, to be computed in this step."""
+    """Tokens first..last - 1 of a prompt, to be computed in this step."""
 
     sequence: Sequence
     first: int
@@ -39,19 +53,38 @@ class Chunk:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing of the text remains to be computed after it, so that a new token can be drawn."""
-        return self.last == len(self.sequence.tokens)
+        """Whether the prompt ends with it, so that a token can be drawn."""
+        return self.last == self.sequence.prompt_length
+
+
+@dataclasses.dataclass
+class Plan:
+    """What the device does next, in this order."""
+
+    swap_out: list[tuple[Sequence, list[int]]] = dataclasses.field(default_factory=list)  # save these blocks' contents
+    swap_in: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)  # restore them, from this index on
+    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # from block, to block
+    decode: list[Sequence] = dataclasses.field(default_factory=list)  # `steps` more tokens for each, or to its end
+    steps: int = 0
+    grown: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)  # and the first index of its new blocks
+    prefill: list[Chunk] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.decode or self.prefill or self.swap_out or self.swap_in)
 
 
 class Scheduler:
-    """Admits waiting sequences in order, cuts prompts into chunks, and batches everything that can decode.
+    """Admits waiting sequences in order, cuts prompts into chunks, and lets everything else decode.
 
     Invariants:
-    - A running sequence holds every block that its longest form can need, so a started text is always finished.
-    - The first in the queue is the first admitted: no request starves.
-    - A step is either prefill (tokens of prompts) or decode (one generated token for each running sequence); while both
-      kinds of work are there they alternate.
-    - Blocks are published for sharing once prefill has computed them, and only blocks that prefill computed.
+    - Every running sequence arrived before every waiting one, and both stand in order of arrival. The oldest is never
+      preempted while another runs, and alone it fits: no request starves.
+    - A sequence holds the blocks of all its computed tokens. When blocks run out the youngest running sequence gives
+      its own back: a prompt that is not complete begins anew, any other text is saved to host memory and restored, so
+      that nothing of it is computed a second time.
+    - A block is written by one sequence. Shared are the full blocks of a prompt, once prefill has computed them; a
+      sample that joins another one's prompt gets a copy of the block in which both go on writing.
     """
 
     def __init__(self, pool: BlockPool, *, max_batch: int, prefill_tokens: int, prefix_caching: bool) -> None:
@@ -59,14 +92,14 @@ class Scheduler:
         self.max_batch = max_batch
         self.prefill_tokens = prefill_tokens
         self.prefix_caching = prefix_caching
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.running: dict[Sequence, None] = {}
         self.prefix_hits = 0  # prompt tokens that did not have to be computed
-        self._decoded_last = True
+        self.preemptions = 0
 
     def check(self, sequence: Sequence) -> None:
         """Raise ValueError where the whole cache could not hold a sequence."""
-        needed = sequence.blocks_needed(self.pool.block_size)
+        needed = sequence.blocks_for(sequence.max_length, self.pool.block_size)
         if needed > self.pool.num_blocks:
             raise ValueError(
                 f"the cache must hold prompt and max_tokens ({sequence.max_length} tokens, {needed} blocks), "
@@ -80,57 +113,115 @@ class Scheduler:
             # The last token of a prompt is computed in any case: its logits decide what comes next.
             shared = sequence.tokens[: sequence.prompt_length - 1]
             sequence.hashes = chain_hashes(shared, self.pool.block_size)
-        self.waiting.append(sequence)
+        sequence.planned = sequence.prompt_length
+        self.waiting[sequence] = None
 
-    def schedule(self) -> list[Chunk]:
-        """What to compute in the next step; empty where there is nothing to do."""
-        self._admit()
-        prompts = [s for s in self.running if s.prefilling]
-        decoding = [s for s in self.running if not s.prefilling]
-        self._decoded_last = not prompts or (bool(decoding) and not self._decoded_last)
-        if self._decoded_last:
-            return [Chunk(s, s.computed, s.computed + 1) for s in decoding]
-        chunks: list[Chunk] = []
+    def schedule(self, steps: int = 1) -> Plan:
+        """What to compute next, at most `steps` tokens for each text; an empty plan where there is nothing to start.
+
+        While prompts are being computed, texts get one token at a time, so that neither waits long for the other.
+        """
+        plan = Plan()
+        self._grow(plan, 1 if any(s.prefilling for s in self.running) else steps)
+        if not plan.swap_out:
+            self._admit(plan)
         budget = self.prefill_tokens
-        for s in prompts:
-            last = min(s.prompt_length, s.computed + budget)
-            chunks.append(Chunk(s, s.computed, last))
-            budget -= last - s.computed
-            if budget == 0:
-                break
-        return chunks
+        for s in self.running:
+            if budget and s.prefilling:
+                last = min(s.prompt_length, s.computed + budget)
+                plan.prefill.append(Chunk(s, s.computed, last))
+                budget -= last - s.computed
+        return plan
 
-    def commit(self, chunks: list[Chunk]) -> None:
-        """Note that chunks were computed, and publish the blocks of prompts that they filled."""
-        for chunk in chunks:
+    def commit(self, plan: Plan) -> None:
+        """Note that a plan was started, and publish the blocks of prompts that it fills."""
+        size = self.pool.block_size
+        for s in plan.decode:
+            s.planned = min(s.planned + plan.steps, s.max_length)
+        for chunk in plan.prefill:
             s = chunk.sequence
-            if s.prefilling:
-                size = self.pool.block_size
-                for index in range(chunk.first // size, min(chunk.last // size, len(s.hashes))):
-                    self.pool.publish(s.blocks[index], s.hashes[index])
+            for index in range(chunk.first // size, min(chunk.last // size, len(s.hashes))):
+                self.pool.publish(s.blocks[index], s.hashes[index])
             s.computed = chunk.last
+            s.planned += chunk.is_complete
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not, and give its blocks back."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        self.running.pop(sequence, None)
+        self.waiting.pop(sequence, None)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
+        if sequence.family.holder is sequence:
+            sequence.family.holder = None
 
-    def _admit(self) -> None:
+    def _grow(self, plan: Plan, steps: int) -> None:
+        """Find the blocks that every text needs to go on; takes fewer steps before it takes blocks from anybody."""
+        size = self.pool.block_size
+        decoding = [s for s in self.running if s.computed >= s.prompt_length and s.planned < s.max_length]
+        steps = min(steps, max((s.max_length - s.planned for s in decoding), default=0))
+        while True:
+            growing = [(s, s.blocks_for(s.planned + steps, size) - len(s.blocks)) for s in decoding]
+            growing = [(s, more) for s, more in growing if more > 0]
+            if sum(more for _, more in growing) <= self.pool.free_blocks:
+                break
+            if steps > 1:
+                steps //= 2
+                continue
+            youngest = next(reversed(self.running))
+            self._preempt(youngest, plan)
+            decoding = [s for s in decoding if s is not youngest]
+        for s, more in growing:
+            plan.grown.append((s, len(s.blocks)))
+            s.blocks += self.pool.allocate(more)
+        plan.decode, plan.steps = decoding, steps if decoding else 0
+
+    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
+        del self.running[sequence]
+        if sequence.prefilling:
+            sequence.computed = 0
+        else:
+            sequence.swapped = True
+            plan.swap_out.append((sequence, sequence.blocks))
+        self._release(sequence)
+        self.waiting[sequence] = None
+        self.waiting.move_to_end(sequence, last=False)
+        self.preemptions += 1
+
+    def _admit(self, plan: Plan) -> None:
+        size = self.pool.block_size
         while self.waiting and len(self.running) < self.max_batch:
-            s = self.waiting[0]
-            if self.prefix_caching and s.leader is not None and s.leader in self.running and s.leader.prefilling:
-                return  # one step later the prompt is in the cache
-            shared = self.pool.match(s.hashes)
-            fresh = s.blocks_needed(self.pool.block_size) - len(shared)
-            if fresh > self.pool.available(keep=shared):
+            s = next(iter(self.waiting))
+            holder = s.family.holder
+            if s.swapped:
+                if len(s.tokens) < s.planned:
+                    return  # its last tokens are still on their way from the device
+                kept, length = self.pool.match(s.hashes), s.planned + 1
+            elif holder is not None:
+                if holder.prefilling:
+                    return  # a moment later the prompt is in the cache
+                kept, length = holder.blocks[: (s.prompt_length - 1) // size], s.prompt_length + 2
+            else:
+                kept, length = self.pool.match(s.hashes), s.prompt_length + 2
+            fresh = s.blocks_for(length, size) - len(kept)
+            # One block is left for each text under way, so that the newcomer does not drive one out at once.
+            if fresh + len(self.running) > self.pool.available(keep=kept):
                 return
-            self.pool.hold(shared)
-            s.blocks = shared + self.pool.allocate(fresh)
-            s.computed = len(shared) * self.pool.block_size
-            self.prefix_hits += s.computed
-            self.waiting.popleft()
-            self.running.append(s)
+            self.pool.hold(kept)
+            s.blocks = kept + self.pool.allocate(fresh)
+            if s.swapped:
+                plan.swap_in.append((s, len(kept)))
+                s.swapped = False
+            elif holder is not None:
+                if (s.prompt_length - 1) % size:
+                    plan.copies.append((holder.blocks[len(kept)], s.blocks[len(kept)]))
+                s.computed = s.prompt_length - 1
+                self.prefix_hits += s.computed
+            else:
+                s.computed = len(kept) * size
+                self.prefix_hits += s.computed
+                s.family.holder = s
+            del self.waiting[s]
+            self.running[s] = None

@@ -1,0 +1,127 @@
+"""The paged key-value cache: its size, its tensors, and moving blocks between them and host memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gpt2.model import GPT2, LayerCache, PagedBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FLOAT8 = torch.float8_e4m3fn
+CALIBRATION_TOKENS = 256
+HEADROOM = 2.0  # how far above the largest value of the calibration an fp8 cache still reaches
+
+
+class PagedCache:
+    """Keys and values of all layers in num_blocks blocks of block_size tokens.
+
+    dtype is the model's, or float8_e4m3fn with a scale for each layer's heads: half of the bytes of bfloat16.
+    num_blocks=None takes as many as free memory holds, at most those that max_batch texts of full length fill.
+    """
+
+    def __init__(
+        self, model: GPT2, *, num_blocks: int | None, block_size: int, max_batch: int, dtype: torch.dtype | None
+    ) -> None:
+        config = model.config
+        dtype = dtype or model.cache_dtype
+        if dtype not in (model.cache_dtype, FLOAT8):
+            raise ValueError(f"Engine: cache_dtype must be {model.cache_dtype} or {FLOAT8}, got {dtype}")
+        heads = model.cache_heads
+        bytes_a_block = 2 * config.n_layer * heads * config.head_dim * block_size * dtype.itemsize
+        if num_blocks is None:
+            most = max_batch * -(-config.n_positions // block_size)
+            num_blocks = max(1, min(most, int(_free_memory(model.device)) // bytes_a_block))
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.bytes = num_blocks * bytes_a_block
+        scales = _calibrate(model) if dtype == FLOAT8 else [(None, None)] * config.n_layer
+        # A head's rows lie side by side. Not filled: a slot is written before it is read, and untouched pages cost a
+        # CPU no memory.
+        shape = (config.n_layer, 2, num_blocks, heads, block_size, config.head_dim)
+        storage = torch.empty(shape, dtype=dtype, device=model.device)
+        self._bytes = storage.view(torch.uint8)  # contents to be moved, whatever they mean
+        self.layers = [
+            LayerCache(kv[0].transpose(1, 2), kv[1].transpose(1, 2), *of_layer) for kv, of_layer in zip(storage, scales)
+        ]
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks: (from, to)."""
+        source, target = self._indices([list(p) for p in zip(*pairs)])
+        self._bytes.index_copy_(2, target, self._bytes.index_select(2, source))
+
+    def save(self, blocks: list[int]) -> Tensor:
+        """The contents of blocks, in host memory once the device has come so far."""
+        found = self._bytes.index_select(2, self._indices(blocks))
+        if found.device.type == "cpu":
+            return found
+        kept = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+        return kept.copy_(found, non_blocking=True)
+
+    def restore(self, blocks: list[int], contents: Tensor) -> None:
+        """Fill blocks with what `save` returned."""
+        if blocks:
+            self._bytes.index_copy_(2, self._indices(blocks), contents.to(self._bytes.device, non_blocking=True))
+
+    def _indices(self, values: list) -> Tensor:
+        return upload(values, torch.int64, self._bytes.device)
+
+
+def upload(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor on the device; on a GPU through pinned memory, so that the host does not wait."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def _calibrate(model: GPT2) -> list[tuple[Tensor, Tensor]]:
+    """Scales (H,) float32 of each layer's keys and values, a function of the weights alone.
+
+    From the largest values over one text of random tokens, the same for every model of this vocabulary.
+    """
+    config = model.config
+    length = min(CALIBRATION_TOKENS, config.n_positions)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (length,), generator=generator).to(model.device)
+    places = torch.arange(length, device=model.device)
+    shape = (1, length, model.cache_heads, config.head_dim)
+    cache = [
+        LayerCache(*torch.empty((2, *shape), dtype=model.cache_dtype, device=model.device))
+        for _ in range(config.n_layer)
+    ]
+    lengths = torch.tensor([length], dtype=torch.int32, device=model.device)
+    batch = PagedBatch(
+        tokens=tokens,
+        positions=places,
+        slots=places,
+        block_table=torch.zeros((1, 1), dtype=torch.int32, device=model.device),
+        context_lens=lengths,
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=model.device),
+        max_seqlen=max(length, 2),
+    )
+    model.forward_paged(batch, cache)
+    largest = torch.finfo(FLOAT8).max
+
+    def scale(values: Tensor) -> Tensor:
+        return (values.float().abs().amax(dim=(0, 1, 3)) * (HEADROOM / largest)).clamp_min(torch.finfo(FLOAT8).tiny)
+
+    return [(scale(layer.keys), scale(layer.values)) for layer in cache]
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that the cache may take: most of what a GPU has free, or a third of what a computer has."""
+    if device.type == "cuda":
+        return 0.85 * torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = (
+            8 * 2**30 if not hasattr(os, "sysconf") else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        )
+    return available / 3
