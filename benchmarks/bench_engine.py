@@ -30,7 +30,8 @@ CHECKED = 2  # texts that float64 reads again
 def _model(run_key: tuple[str, torch.device, torch.dtype]) -> GPT2:
     name, device, dtype = run_key
     torch.manual_seed(0)
-    return GPT2(TINY if name == "tiny" else PRESETS[name]).to(device=device, dtype=dtype).eval()
+    with torch.device(device):  # a GPU draws the largest model's weights in a moment
+        return GPT2(TINY if name == "tiny" else PRESETS[name]).to(dtype).eval()
 
 
 def inputs(run: Run, name: str, lengths: Sequence[int]) -> Inputs:
@@ -61,16 +62,20 @@ def transformers_continuous(model: GPT2, prompts: Prompts, new: int) -> Generate
     return peers.Transformers(model, attention="paged|sdpa").generate_batch
 
 
-def rivals(run: Run, alike: bool) -> dict[str, Callable[..., Generate]]:
-    """`alike`: whether the prompts are of one length, as transformers' plain generate needs them."""
+def rivals(run: Run, name: str, batch: int = 0) -> dict[str, Callable[..., Generate]]:
+    """Of `batch` prompts of one length; 0: of a batch job, whose prompts transformers' plain generate would pad.
+
+    On a GPU the larger models run alone, but for the job: their rivals would take minutes.
+    """
     found: dict[str, Callable[..., Generate]] = {"ours": ours}
-    if alike:
+    gpu = run.device.type == "cuda"
+    if batch and not (gpu and name != "gpt2"):
         found["transformers"] = transformers
-    if run.device.type == "cuda":
-        if alike:
+        if gpu and batch == 1:
             found["transformers, static cache + compile"] = functools.partial(
                 transformers, cache_implementation="static"
             )
+    if not batch and gpu:
         found["transformers, continuous batching"] = transformers_continuous
     return found
 
@@ -95,9 +100,10 @@ def after_the_first(make: Callable[..., Generate], new: int) -> Callable[..., tu
 
 @functools.lru_cache(maxsize=1)
 def _truth(model: GPT2) -> ReferenceGPT2:
-    truth = ReferenceGPT2(model.config)
+    with torch.device(model.device):
+        truth = ReferenceGPT2(model.config).double()
     truth.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
-    return truth.to(device=model.device, dtype=torch.float64).eval()
+    return truth.eval()
 
 
 def check(inputs: Inputs, texts: list[list[int]]) -> float:
@@ -143,7 +149,7 @@ def cases(run: Run) -> Iterator[Case]:
         yield Case(
             name=f"decode {name} batch={batch} context={prompt}..{prompt + new}",
             make=lambda name=name, batch=batch, prompt=prompt: inputs(run, name, [prompt] * batch),
-            rivals={n: after_the_first(make, new) for n, make in rivals(run, alike=True).items()},
+            rivals={n: after_the_first(make, new) for n, make in rivals(run, name, batch).items()},
             check=check,
             moved=bytes_of(config, [prompt] * batch, new, size),
             units=batch * new,
@@ -156,7 +162,7 @@ def cases(run: Run) -> Iterator[Case]:
         yield Case(
             name=f"prefill {name} {batch}x{prompt}",
             make=lambda name=name, batch=batch, prompt=prompt: inputs(run, name, [prompt] * batch),
-            rivals={n: whole(make, 1) for n, make in rivals(run, alike=True).items()},
+            rivals={n: whole(make, 1) for n, make in rivals(run, name, batch).items()},
             check=check,
             flops=flops_of(config, [prompt] * batch),
             units=batch * prompt,
@@ -171,7 +177,7 @@ def cases(run: Run) -> Iterator[Case]:
         yield Case(
             name=f"batch job {name} {requests} requests of 1..{longest} + {new}",
             make=lambda name=name, lengths=lengths: inputs(run, name, lengths),
-            rivals={n: whole(make, new) for n, make in rivals(run, alike=False).items()},
+            rivals={n: whole(make, new) for n, make in rivals(run, name).items()},
             check=check,
             moved=bytes_of(config, lengths, new, size),
             units=requests * new,

@@ -160,7 +160,7 @@ STAGES: dict[str, tuple[Callable[[Run, float], Iterable[Row]], float]] = {
     "environment": (environment, 1),
     "ceilings": (ceilings, 2),
     "paged": (benchmark("bench_paged"), 5),
-    "engine": (benchmark("bench_engine"), 12),
+    "engine": (benchmark("bench_engine"), 16),
     "layernorm": (benchmark("bench_layernorm"), 6),
     "crossentropy": (benchmark("bench_crossentropy"), 4),
     "fused_attention": (benchmark("bench_fused_attention"), 6),

@@ -128,8 +128,8 @@ def capture(calls: Sequence[Call]) -> Call:
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, plans and allocates outside of the capture
-        for _ in range(2):
-            calls[0]()
+        for call in (*calls, calls[0]):
+            call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

@@ -90,6 +90,11 @@ def test_a_wrong_result_is_found_and_not_timed(run: Run) -> None:
     assert measure.failed(row) and "0.01" in row["wrong"]["ours"]
 
 
+def test_a_check_that_comes_to_no_number_is_no_pass(run: Run) -> None:
+    row = measure.compare(run, case({"ours": torch.sin}, check=lambda inputs, result: math.nan), timed=False)
+    assert "ours" in row["wrong"]
+
+
 def test_what_is_not_written_is_found(run: Run) -> None:
     """The memory that a result gets held the right values before."""
     kept: list[torch.Tensor] = []
