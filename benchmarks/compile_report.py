@@ -68,6 +68,7 @@ def cases() -> dict[str, Callable[[], object]]:
     found["attention_map D=64 bf16 full"] = lambda: _map(64, torch.bfloat16, None, causal=False)
     found["attention_map D=64 bf16 full window"] = lambda: _map(64, torch.bfloat16, 128, causal=False)
     found["append_kv_ D=64 bf16"] = lambda: _append(torch.bfloat16)
+    found["advance_"] = _advance
     for dtype, V in itertools.product((torch.bfloat16, torch.float32), (1000, 50257)):
         found[f"cross_entropy V={V} {SHORT[dtype]}"] = lambda V=V, dtype=dtype: _cross_entropy(V, dtype)
     found["linear_cross_entropy V=50257 bf16"] = _linear_cross_entropy
@@ -138,6 +139,13 @@ def _append(dtype: torch.dtype, N: int = 32, num_blocks: int = 64) -> None:
     cache = torch.empty(num_blocks, 12, 16, 64, dtype=dtype).transpose(1, 2)
     k = torch.empty(N, 3, 12, 64, dtype=dtype)
     ops.append_kv_(k[:, 1], k[:, 2], cache, cache.clone(), torch.zeros(N, dtype=torch.int64))
+
+
+def _advance(S: int = 64, max_blocks: int = 64) -> None:
+    drawn, tokens, positions, slots, limits, ends = torch.zeros(6, S, dtype=torch.int64)
+    table = torch.zeros(S, max_blocks, dtype=torch.int32)
+    record, count = torch.zeros(8, S, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    ops.advance_(drawn, tokens, positions, slots, table[:, 0].clone(), limits, ends, table, record, count, 16)
 
 
 def _cross_entropy(V: int, dtype: torch.dtype, R: int = 64) -> Tensor:
@@ -222,6 +230,8 @@ def lengths() -> dict[str, Callable[[int], object]]:
         "paged decode num_blocks": lambda n: _paged(64, bf16, 1, num_blocks=n),
         "paged decode rows": lambda n: _paged(64, bf16, 1, rows=n, S=1),
         "paged decode window": lambda n: _paged(64, bf16, 1, window=n),
+        "advance_ S": lambda n: _advance(S=n),
+        "advance_ max_blocks": lambda n: _advance(max_blocks=n),
         "append_kv_ N": lambda n: _append(bf16, N=n),
         "append_kv_ num_blocks": lambda n: _append(bf16, num_blocks=n),
         "cross_entropy R": lambda n: _cross_entropy(50257, bf16, R=n),

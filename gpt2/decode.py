@@ -92,15 +92,10 @@ class Rows:
             top_logprobs=top_logprobs,
         )
 
-    def advance(self, drawn: Tensor) -> Tensor:
-        """Append each row's drawn token, and idle rows that it ends; returns what was appended, -1 for idle rows."""
-        active = self.contexts > 0
-        position = self.ints[POSITION] + active
-        goes_on = active & (drawn != self.ints[END]) & (position + 1 < self.ints[LIMIT])
-        self.contexts.copy_(torch.where(goes_on, position + 1, 0))
-        self.ints[TOKEN] = torch.where(active, drawn, self.ints[TOKEN])
-        self.ints[POSITION] = position
-        return torch.where(active, drawn, -1)
+    def advance(self, drawn: Tensor, record: Tensor, count: Tensor, block_size: int) -> None:
+        """Append each row's drawn token, and idle rows that it ends; row `count` of `record` takes it."""
+        token, position, slot, limit, end = self.ints[:5]
+        ops.advance_(drawn, token, position, slot, self.contexts, limit, end, self.table, record, count, block_size)
 
 
 class Drawn:
@@ -238,8 +233,8 @@ class Decoder:
                 torch.empty((*shape, top), dtype=torch.int64, device=self.device),
                 torch.empty((*shape, top), dtype=torch.float32, device=self.device),
             )
-        self._rows.first(n).place(self.cache.block_size)  # blocks may have come since the last step
         graph = None if self._graphs is None else self._graph(bucket(n), penalties, top)
+        self._rows.first(n).place(self.cache.block_size)  # blocks may have come since the last step
         self._count.zero_()
         for _ in range(steps):
             if graph is None:
@@ -270,12 +265,10 @@ class Decoder:
         )
         logits = self.model.logits(self.model.forward_paged(batch, self.cache.layers))
         drawn, logprobs, likeliest = rows.draw(logits, top)
-        self._tokens[:, :n].index_copy_(0, self._count, rows.advance(drawn).unsqueeze(0))
-        rows.place(self.cache.block_size)
         if likeliest is not None:
             for kept, values in zip(self._details[top], (logprobs, *likeliest)):
                 kept[:, :n].index_copy_(0, self._count, values.unsqueeze(0))
-        self._count += 1
+        rows.advance(drawn, self._tokens[:, :n], self._count, self.cache.block_size)
 
     def _graph(self, n: int, penalties: bool, top: int) -> torch.cuda.CUDAGraph:
         """The captured step of n rows."""
@@ -284,14 +277,13 @@ class Decoder:
         if key not in self._graphs:
             contexts = self._rows.contexts.clone()
             self._rows.contexts.zero_()  # idle rows: the step that compiles and loads every kernel changes nothing
+            self._count.zero_()
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
-                self._count.zero_()
                 self._step(n, penalties, top)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            self._count.zero_()
             with torch.cuda.graph(graph, pool=self._pool):
                 self._step(n, penalties, top)
             self._rows.contexts.copy_(contexts)

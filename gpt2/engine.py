@@ -11,6 +11,7 @@ which gets DECODE_STEPS tokens of each text to do at a time, the host works whil
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,6 +78,8 @@ class Engine:
         self.tokenizer = tokenizer
         on_gpu = model.device.type == "cuda"
         self._steps, self._most_unread = (DECODE_STEPS, 1) if on_gpu else (1, 0)
+        # Events, graphs and streams are those of the current device, which need not be the model's.
+        self._current_device = torch.cuda.device(model.device) if on_gpu else contextlib.nullcontext()
         self._cache = PagedCache(
             model, num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, dtype=cache_dtype
         )
@@ -282,7 +285,8 @@ class Engine:
     def _advance(self) -> None:
         plan = self._scheduler.schedule(self._steps)
         if not plan.is_empty:
-            self._start(plan)
+            with self._current_device:
+                self._start(plan)
             self._scheduler.commit(plan)
         while len(self._unread) > (0 if plan.is_empty else self._most_unread):
             self._read(self._unread.popleft())
@@ -322,12 +326,13 @@ class Engine:
         top = max(s.request.params.logprobs for s in samples)
         rows = self._decoder.new_rows(samples)
         logits = self.model.logits(hidden[upload(last_rows, torch.int64, self.model.device)])
-        tokens, logprobs, likeliest = rows.draw(logits, top)
-        tokens = rows.advance(tokens)
+        drawn, logprobs, likeliest = rows.draw(logits, top)
+        tokens = drawn.new_empty(1, len(samples))
+        rows.advance(drawn, tokens, torch.zeros_like(drawn[:1]), self._cache.block_size)
         details = None
         if likeliest is not None:
             details = logprobs.unsqueeze(0), likeliest[0].unsqueeze(0), likeliest[1].unsqueeze(0)
-        self._unread.append(Started(samples, Drawn(tokens.unsqueeze(0), details)))
+        self._unread.append(Started(samples, Drawn(tokens, details)))
         chosen = [i for i, s in enumerate(samples) if s.sequence.prompt_length + 1 < s.sequence.max_length]
         self._decoder.join([samples[i] for i in chosen], rows, chosen)
 

@@ -33,6 +33,7 @@ MMA = {
     "attention_dkdv_kernel": NEW,
     "attention_dkdv_kernel: attention D=256": OLD,
     "attention_map_kernel": NEW,
+    "advance_kernel": NONE,
     "append_kv_kernel": NONE,
     "cross_entropy_kernel": NONE,
     "cross_entropy_backward_kernel": NONE,

@@ -12,6 +12,7 @@ from gpt2_kernels import (
 from gpt2_kernels._runtime import OPS, path_of
 from gpt2_kernels.attentionmap import attention_map
 from gpt2_kernels.crossentropy import cross_entropy, linear_cross_entropy
+from gpt2_kernels.decoding import advance_
 from gpt2_kernels.fused_attention import attention, attention_varlen
 from gpt2_kernels.gemm import gelu_mlp, linear
 from gpt2_kernels.kv_cache import append_kv_
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "OPS",
     "add_layer_norm",
+    "advance_",
     "append_kv_",
     "attention",
     "attention_map",

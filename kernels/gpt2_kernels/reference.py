@@ -194,6 +194,31 @@ def paged_attention(
     return out
 
 
+def advance_(
+    drawn: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    limits: Tensor,
+    ends: Tensor,
+    block_table: Tensor,
+    record: Tensor,
+    count: Tensor,
+    block_size: int,
+) -> None:
+    """Append each text's drawn token, and stop those that it ends; see gpt2_kernels.advance_."""
+    active = context_lens > 0
+    positions += active
+    goes_on = active & (drawn != ends) & (positions + 1 < limits)
+    block = block_table.gather(1, (positions // block_size).clamp_max(block_table.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    slots.copy_(torch.where(goes_on, block * block_size + positions % block_size, -1))
+    context_lens.copy_(torch.where(goes_on, positions + 1, 0))
+    tokens.copy_(torch.where(active, drawn, tokens))
+    record.index_copy_(0, count, torch.where(active, drawn, -1).unsqueeze(0))
+    count += 1
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al., 2016)."""
     x32 = wide(x)
