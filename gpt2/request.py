@@ -67,8 +67,10 @@ class Sample:
         """Append tokens, up to one that ends the text, and return how many were appended; see `finish_reason`."""
         params, known = self.request.params, self.sequence.tokens
         ends = params.stop_token_ids if params.ignore_eos else (eos_token_id, *params.stop_token_ids)
-        if not params.stop and not any(end in tokens for end in ends):  # as nearly always: nothing can end it early
-            known += tokens
+        if not any(end in tokens for end in ends) and (not params.stop or self.stream.extend(tokens)):
+            known += tokens  # as nearly always: nothing ends it early
+            if params.stop:
+                self.read = len(known)
             if len(known) == self.sequence.max_length:
                 self.finish("length")
             return len(tokens)
@@ -95,8 +97,10 @@ class Sample:
         return self.stream.text
 
     def _read(self, count: int) -> None:
-        for token in self.sequence.tokens[self.read : count]:
-            self.stream.push(token)
+        tokens = self.sequence.tokens[self.read : count]
+        if tokens and not self.stream.extend(tokens):
+            for token in tokens:
+                self.stream.push(token)
         self.read = max(self.read, count)
 
     def finish(self, reason: str) -> None:

@@ -27,11 +27,19 @@ class TextStream:
         """Take a token; returns the text that has become certain."""
         if self._tokenizer is None or self.stopped:
             return ""
-        try:
-            content = self._tokenizer.decode_single_token_bytes(token)
-        except KeyError:  # a model whose vocabulary was padded can draw a token that stands for nothing
-            content = b""
-        return self._take(self._decoder.decode(content))
+        return self._take(self._decoder.decode(self._bytes(token)))
+
+    def extend(self, tokens: Sequence[int]) -> bool:
+        """Take many tokens at once, unless a stop string would be found: then nothing is taken, and False returned."""
+        if self._tokenizer is None or self.stopped:
+            return True
+        before = self._decoder.getstate()
+        text = self._held + self._decoder.decode(b"".join(map(self._bytes, tokens)))
+        if any(s in text for s in self._stop):
+            self._decoder.setstate(before)
+            return False
+        self._keep(text)
+        return True
 
     def finish(self) -> str:
         """Take the end of the output; returns the text that was held back."""
@@ -50,11 +58,23 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             text = text[: min(found)]
-        else:
-            keep = self._open_tail(text)
-            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+            self.text += text
+            return text
+        return self._keep(text)
+
+    def _keep(self, text: str) -> str:
+        """Take text in which there is no stop string, but for a tail that may begin one."""
+        held = self._open_tail(text)
+        text, self._held = text[: len(text) - held], text[len(text) - held :]
         self.text += text
         return text
+
+    def _bytes(self, token: int) -> bytes:
+        assert self._tokenizer is not None
+        try:
+            return self._tokenizer.decode_single_token_bytes(token)
+        except KeyError:  # a model whose vocabulary was padded can draw a token that stands for nothing
+            return b""
 
     def _open_tail(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""

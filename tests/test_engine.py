@@ -403,3 +403,52 @@ def test_bad_requests_are_refused_before_any_work(folder: Path, model: GPT2) -> 
     whole(engine)
     with pytest.raises(ValueError, match="lone surrogate"):
         Engine(model, load_tokenizer(folder), num_blocks=4).add("\ud800", GREEDY)
+
+
+def test_an_error_while_results_are_on_their_way(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the engine works ahead: nothing is given to the wrong request afterwards."""
+    engine = Engine(model, num_blocks=16, block_size=8)
+    engine._steps, engine._most_unread = 4, 1
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, n=3)
+    expected = engine.generate([[1, 2, 3], [4, 5]], params)
+    real, calls = model.forward_paged, []
+
+    def broken(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 7:
+            raise RuntimeError("out of luck")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward_paged", broken)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            engine.generate([[1, 2, 3], [4, 5]], params)
+    whole(engine)
+    again = engine.generate([[1, 2, 3], [4, 5]], params)
+    assert [[o.tokens for o in c.outputs] for c in again] == [[o.tokens for o in c.outputs] for c in expected]
+
+
+def test_an_abort_while_results_are_on_their_way(model: GPT2) -> None:
+    engine = Engine(model, num_blocks=16, block_size=8)
+    engine._steps, engine._most_unread = 3, 1
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    (expected,) = tokens_of(engine, [[2]], params)
+    first, second = (engine.add([i], params) for i in (1, 2))
+    for _ in range(3):
+        engine.step()
+    engine.abort(first)
+    done = {}
+    while engine.unfinished:
+        done.update({c.request_id: c for c in engine.step()})
+    assert done[first].outputs[0].finish_reason == "abort" and done[second].outputs[0].tokens == expected
+    whole(engine)
+
+
+def test_text_is_made_when_it_is_asked_for(folder: Path, model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host of 256 texts has no time to decode each token: without stop strings that waits for the end."""
+    engine = Engine(model, load_tokenizer(folder), num_blocks=64)
+    seen = []
+    real = TextStream.extend
+    monkeypatch.setattr(TextStream, "extend", lambda self, tokens: seen.append(len(tokens)) or real(self, tokens))
+    engine.generate(["abc"], SamplingParams(max_tokens=12, seed=0, ignore_eos=True))
+    assert seen == [12]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2 import load_tokenizer
 from gpt2.text import TextStream
 
 
@@ -72,3 +73,23 @@ def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stop: list[s
         first_end = min(end for end, _ in ends)
         assert stream.stopped
         assert stream.text == text[: min(start for end, start in ends if end == first_end)]
+
+
+def test_many_tokens_at_once_are_the_same_tokens_one_by_one() -> None:
+    """Characters cut by tokens, stop strings cut by tokens and by chunks, refused chunks left untouched."""
+    tokenizer = load_tokenizer("storybook")
+    tokens = tokenizer.encode("Once upon a time — the bear said: “no”, and 🐻 went\n\nhome.")
+    for stop in ((), ("went\n\nh",), ("zzz", "said: “"), ("🐻",), ("no match",)):
+        for size in (1, 2, 3, 7, len(tokens)):
+            whole, chunked = TextStream(tokenizer, stop), TextStream(tokenizer, stop)
+            for token in tokens:
+                whole.push(token)
+            for first in range(0, len(tokens), size):
+                chunk = tokens[first : first + size]
+                if not chunked.extend(chunk):
+                    for token in chunk:
+                        chunked.push(token)
+            assert (chunked.text, chunked.stopped) == (whole.text, whole.stopped)
+            whole.finish(), chunked.finish()
+            assert chunked.text == whole.text
+            assert whole.stopped == any(s in tokenizer.decode(tokens) for s in stop)
