@@ -56,11 +56,11 @@ def _number(is_right: Callable[[float], bool]) -> Callable[[Any], bool]:
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_tokens", _integer(1), "an integer of at least 1"),
-    ("temperature", _number(lambda v: v >= 0), "a number of at least 0"),
+    ("temperature", _number(lambda v: 0 <= v <= 1e30), "a number in 0..1e30"),  # float32 holds it and its quotients
     ("top_k", _integer(0, 2**31 - 1), "an integer in 0..2^31 - 1"),
     ("top_p", _number(lambda v: 0 < v <= 1), "a number in (0, 1]"),
     ("min_p", _number(lambda v: 0 <= v <= 1), "a number in [0, 1]"),
-    ("repetition_penalty", _number(lambda v: v > 0), "a number above 0"),
+    ("repetition_penalty", _number(lambda v: 1e-30 <= v <= 1e30), "a number in 1e-30..1e30"),
     ("seed", lambda v: v is None or _integer(0, 2**63 - 1)(v), "None or an integer in 0..2^63 - 1"),
     ("n", _integer(1, MAX_SAMPLES), f"an integer in 1..{MAX_SAMPLES}"),
     ("stop", lambda v: len(v) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings"),

@@ -130,7 +130,7 @@ def test_info_shows_the_path_of_every_operator(capsys: pytest.CaptureFixture[str
     [
         (["generate", "x", "--model", "nope"], "'nope' must be a preset"),
         (["generate", "x", "--model", "./nope"], "is not a folder"),
-        (["generate", "x", "--temperature", "-1"], "temperature must be a number of at least 0, got -1.0"),
+        (["generate", "x", "--temperature", "-1"], "temperature must be a number in 0..1e30, got -1.0"),
         (["generate", "x", "--top-p", "0"], "top_p must be a number in (0, 1], got 0.0"),
         (["generate", "x", "-n", "0"], "n must be an integer in 1..4096, got 0"),
         (["generate", "x", "-n", "4097"], "n must be an integer in 1..4096, got 4097"),
