@@ -252,6 +252,38 @@ def test_packed_bits_are_those_of_the_sequence_alone(path: torch.device) -> None
         assert torch.equal(packed[a:b], ops.attention(q[None, a:b], k[None, a:b], v[None, a:b])[0])
 
 
+def test_packed_dropout_and_logsumexp(path: torch.device) -> None:
+    """Sequence s drops what row s of a padded batch drops, forward and backward; rows behind the last have lse -inf."""
+    lengths, p, longest = (37, 1, 20), 0.3, 37
+    leaves = [t.detach().requires_grad_() for t in torch.randn(3, sum(lengths) + 2, 2, 16, device=path)]
+    cu, grad = offsets(lengths, path), torch.randn_like(leaves[0])
+    torch.manual_seed(3)
+    seed = torch.randint(2**63 - 1, (1,), device=path)
+    keep = ops.reference.dropout_keep(seed, len(lengths), 2, longest, longest, p)
+
+    def one_by_one(*tensors: Tensor) -> Tensor:
+        parts = [
+            dropped_attention(*(t[None, a:b] for t in tensors), keep[s : s + 1, :, : b - a, : b - a], p)[0]
+            for s, (a, b) in enumerate(zip(cu.tolist(), cu.tolist()[1:]))
+        ]
+        return torch.cat([*parts, torch.zeros_like(tensors[0][:2])])
+
+    torch.manual_seed(3)
+    dropped = ops.attention_varlen(*leaves, cu, cu, longest, longest, dropout_p=p)
+    expected, exact = one_by_one(*leaves), wide(*leaves)
+    true_result = one_by_one(*exact)
+    assert_accurate(dropped, expected, true_result)
+    ours, theirs = torch.autograd.grad(dropped, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    for letter, a, b, c in zip("qkv", ours, theirs, torch.autograd.grad(true_result, exact, grad.double())):
+        assert_accurate(a, b, c, factor=3, what=f"gradient of {letter}")
+
+    out, lse = ops.attention_varlen(*leaves, cu, cu, longest, longest, return_lse=True)
+    assert torch.equal(out, ops.attention_varlen(*leaves, cu, cu, longest, longest)) and lse.shape == (2, len(out))
+    alone = ops.attention(*(t[None, 38:58] for t in leaves), return_lse=True)[1]
+    torch.testing.assert_close(lse[:, 38:58], alone[0])
+    assert (lse[:, sum(lengths) :] == -torch.inf).all()
+
+
 def test_packed_without_sequences(path: torch.device) -> None:
     q, k, v = torch.randn(2, 3, 2, 16, device=path).unbind(1)
     cu = torch.zeros(1, dtype=torch.int32, device=path)

@@ -575,11 +575,11 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        for rows, keys in zip(reference.spans(cu_seqlens_q), reference.spans(cu_seqlens_k)):
+        for s, (rows, keys) in enumerate(zip(reference.spans(cu_seqlens_q), reference.spans(cu_seqlens_k))):
             dlse = None if grad_lse is None else grad_lse[:, :, rows]
             dq[:, rows], dk[:, keys], dv[:, keys] = reference.attention_backward(
                 grad[:, rows], dlse, q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows],
-                causal=causal, scale=scale, window=window,
+                causal=causal, scale=scale, window=window, dropout_p=dropout_p, seed=seed, first=s,
             )  # fmt: skip
         return dq, dk, dv
     if grad_lse is None and _check.cpu_flash_serves(q, k, causal, window, seed):

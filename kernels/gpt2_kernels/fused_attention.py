@@ -240,9 +240,9 @@ def _attention_triton(
     packed = cu_seqlens_q is not None
     B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     q, k, v = (_check.unit_last_stride(t) for t in (q, k, v))
-    # No program owns a row behind the last sequence: it stays 0.
+    # No program owns a row behind the last sequence: it stays 0, and -inf.
     out = (torch.zeros if packed else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
-    lse = _lse_like(q)
+    lse = _lse_like(q).fill_(-torch.inf) if packed else _lse_like(q)
     if out.numel() and B and max_seqlen_q:
         block_m, block_n, warps, stages = tile(TILES, q, seed)
         launch(
@@ -302,8 +302,9 @@ def _attention_cpu(
         _check_packing(cu_seqlens_q, q.shape[1], max_seqlen_q, "cu_seqlens_q")
         _check_packing(cu_seqlens_k, k.shape[1], max_seqlen_k, "cu_seqlens_k")
         out, lse = reference.attention_varlen(
-            q[0], k[0], v[0], cu_seqlens_q, cu_seqlens_k, causal=causal, scale=scale, window=window
-        )
+            q[0], k[0], v[0], cu_seqlens_q, cu_seqlens_k,
+            causal=causal, scale=scale, window=window, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
         return out[None], lse[None]
     if not _check.cpu_flash_serves(q, k, causal, window, seed):
         return reference.attention(q, k, v, causal=causal, scale=scale, window=window, dropout_p=dropout_p, seed=seed)
@@ -366,6 +367,13 @@ def _apply(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tens
     return torch.ops.gpt2_kernels.attention(q, k, v, *options)
 
 
+def _seed(op: str, dropout_p: float, q: Tensor) -> Tensor | None:
+    """Dropout's seed, drawn from torch's generator on the device of q; None where nothing is dropped."""
+    if not 0.0 <= dropout_p < 1.0:
+        _check.fail(op, "dropout_p must lie in [0, 1)", dropout_p)
+    return torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p else None
+
+
 @autocast("lower")
 def attention(
     q: Tensor,
@@ -400,9 +408,7 @@ def attention(
     _check.shape("attention", "v", v, tuple(k.shape), "(B, Tk, Hkv, D)")
     _check.heads("attention", q.shape[2], k.shape[2], q.shape[3])
     scale, window = _check.attention_options("attention", q.shape[3], scale, window)
-    if not 0.0 <= dropout_p < 1.0:
-        _check.fail("attention", "dropout_p must lie in [0, 1)", dropout_p)
-    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p else None
+    seed = _seed("attention", dropout_p, q)
     out, lse = _apply(q, k, v, None, None, q.shape[1], k.shape[1], causal, scale, window, dropout_p, seed)
     return (out, lse) if return_lse else out
 
@@ -420,14 +426,16 @@ def attention_varlen(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
-) -> Tensor:
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of S sequences of any lengths, packed without padding: q (Nq, H, D), k and v (Nk, Hkv, D).
 
     Sequence s owns rows cu_seqlens_q[s] to cu_seqlens_q[s + 1] of q and of the result, and those of cu_seqlens_k of k
     and v, both (S + 1,) int32, rising from 0; max_seqlen_q and max_seqlen_k are at least the longest of each. In each
-    sequence the last query is aligned with the last key. Rows behind the last sequence give 0. Differentiable in q, k
-    and v. Raises ValueError on a shape, dtype, device or option that does not fit; offsets outside the tensors are an
-    error on the CPU, where they are read.
+    sequence the last query is aligned with the last key. Rows behind the last sequence give 0, and -inf in the
+    logsumexp (H, Nq) that return_lse adds. Differentiable in q, k and v. Raises ValueError on a shape, dtype, device or
+    option that does not fit; offsets outside the tensors are an error on the CPU, where they are read.
     """
     op = "attention_varlen"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -447,5 +455,8 @@ def attention_varlen(
             _check.fail(op, f"{name} must be at least 0", length)
     scale, window = _check.attention_options(op, q.shape[2], scale, window)
     cu = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    options = (*cu, max_seqlen_q, max_seqlen_k, causal, scale, window, 0.0, None)
-    return _apply(q[None], k[None], v[None], *options)[0][0]
+    seed = _seed(op, dropout_p, q)
+    out, lse = _apply(
+        q[None], k[None], v[None], *cu, max_seqlen_q, max_seqlen_k, causal, scale, window, dropout_p, seed
+    )
+    return (out[0], lse[0]) if return_lse else out[0]

@@ -41,13 +41,14 @@ def _per_query_head(kv: Tensor, H: int) -> Tensor:
     return wide(kv).transpose(1, 2).repeat_interleave(H // kv.shape[2], dim=1)
 
 
-def dropout_keep(seed: Tensor, B: int, H: int, Tq: int, Tk: int, dropout_p: float) -> Tensor:
+def dropout_keep(seed: Tensor, B: int, H: int, Tq: int, Tk: int, dropout_p: float, first: int = 0) -> Tensor:
     """(B, H, Tq, Tk) bool: the probabilities that dropout keeps, each with probability 1 - dropout_p.
 
-    Word j % 4 of Philox at counter (j // 4, i, b H + h) decides the pair (i, j), so that any tile of it can be made
-    anew: by the backward pass, transposed, with other tile sizes.
+    Word j % 4 of Philox at counter (j // 4, i, (first + b) H + h) decides the pair (i, j), so that any tile of it can
+    be made anew: by the backward pass, transposed, with other tile sizes.
     """
     heads, i, quad = (torch.arange(n, device=seed.device) for n in (B * H, Tq, -(-Tk // 4)))
+    heads = heads + first * H
     words = torch.stack(torch.broadcast_tensors(*philox(seed, quad, i[:, None], heads[:, None, None])), dim=-1)
     return (words.flatten(-2).view(B, H, Tq, 4 * len(quad))[..., :Tk] >> 8) >= int(dropout_p * 2**24)
 
@@ -62,10 +63,12 @@ def attention(
     window: int | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + mask) v -> (B, Tq, H, D) and the logsumexp of the scores (B, H, Tq), natural log.
 
-    With dropout_p the probabilities that `dropout_keep(seed, ...)` leaves are divided by 1 - dropout_p, the others 0.
+    With dropout_p the probabilities that `dropout_keep(seed, ...)` leaves are divided by 1 - dropout_p, the others 0;
+    `first` is the number of the first sequence there.
     """
     B, Tq, H, D = q.shape
     scores = wide(q).transpose(1, 2) @ _per_query_head(k, H).transpose(2, 3) * (D**-0.5 if scale is None else scale)
@@ -74,7 +77,7 @@ def attention(
     logsumexp = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - logsumexp.unsqueeze(-1)).masked_fill(~keep, 0.0)  # a row with no key: all 0, not NaN
     if seed is not None:
-        weights = weights * dropout_keep(seed, B, H, Tq, k.shape[1], dropout_p) / (1 - dropout_p)
+        weights = weights * dropout_keep(seed, B, H, Tq, k.shape[1], dropout_p, first) / (1 - dropout_p)
     out = weights @ _per_query_head(v, H)
     return out.transpose(1, 2).to(q.dtype).contiguous(), logsumexp
 
@@ -93,6 +96,7 @@ def attention_backward(
     window: int | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v by the formulas of FlashAttention (Dao et al., 2022), with the probabilities rebuilt."""
     B, Tk, Hkv, D = k.shape
@@ -103,7 +107,7 @@ def attention_backward(
     weights = torch.exp(queries @ keys.transpose(2, 3) * scale - logsumexp.unsqueeze(-1)).masked_fill(~keep, 0.0)
     dropped, dweights = weights, dout @ values.transpose(2, 3)
     if seed is not None:
-        kept = dropout_keep(seed, B, H, Tq, Tk, dropout_p) / (1 - dropout_p)
+        kept = dropout_keep(seed, B, H, Tq, Tk, dropout_p, first) / (1 - dropout_p)
         dropped, dweights = weights * kept, dweights * kept
     delta = (dout * wide(out).transpose(1, 2)).sum(-1, keepdim=True)
     if grad_lse is not None:
@@ -119,9 +123,10 @@ def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`attention` of each packed sequence by itself: q (Nq, H, D) -> (Nq, H, D) and the logsumexp (H, Nq)."""
-    out, logsumexp = torch.zeros_like(q, memory_format=torch.contiguous_format), wide(q).new_empty(q.shape[1::-1])
-    for rows, keys in zip(spans(cu_seqlens_q), spans(cu_seqlens_k)):
-        o, l = attention(q[None, rows], k[None, keys], v[None, keys], **options)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    logsumexp = wide(q).new_full(q.shape[1::-1], -torch.inf)
+    for s, (rows, keys) in enumerate(zip(spans(cu_seqlens_q), spans(cu_seqlens_k))):
+        o, l = attention(q[None, rows], k[None, keys], v[None, keys], first=s, **options)
         out[rows], logsumexp[:, rows] = o[0], l[0]
     return out, logsumexp
 
