@@ -8,7 +8,14 @@ are compiled on the machine that uses them.
 from setuptools import setup
 
 setup(
-    packages=["gpt2_kernels", "gpt2_kernels.csrc", "gpt2", "gpt2.storybook"],
+    packages=[
+        "gpt2_kernels",
+        "gpt2_kernels.compat",
+        "gpt2_kernels.integrations",
+        "gpt2_kernels.csrc",
+        "gpt2",
+        "gpt2.storybook",
+    ],
     package_dir={
         "gpt2_kernels": "kernels/gpt2_kernels",
         "gpt2_kernels.csrc": "csrc",

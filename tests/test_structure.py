@@ -13,11 +13,9 @@ from conftest import ROOT
 
 KERNELS, MODEL = ROOT / "kernels" / "gpt2_kernels", ROOT / "gpt2"
 FOUNDATION = ("_native", "_runtime", "_check", "_attention", "_thresholds", "_paged_decode", "reference")
-WRAPPERS = (
-    "sdpa",
-    "modules",
-)  # no kernels of their own: they import the operator files, and only __init__ imports them
-OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDATION, *WRAPPERS, "__init__"))
+WRAPPERS = ("sdpa", "modules")  # no kernels of their own: they import the operator files
+TOOLS = ("dropin",)  # on top of both; only __init__ and integrations import them
+OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDATION, *WRAPPERS, *TOOLS, "__init__"))
 
 # Each may import those before it, and nothing else of the package.
 MODEL_ORDER = (
@@ -54,7 +52,7 @@ def test_operators_do_not_import_each_other_or_the_model() -> None:
     for stem in FOUNDATION:
         assert not imports(KERNELS / f"{stem}.py") & {f"gpt2_kernels.{op}" for op in OP_FILES}
     for stem in (*FOUNDATION, *OP_FILES, *WRAPPERS):
-        assert not imports(KERNELS / f"{stem}.py") & {f"gpt2_kernels.{wrapper}" for wrapper in WRAPPERS}, stem
+        assert not imports(KERNELS / f"{stem}.py") & {f"gpt2_kernels.{above}" for above in (*WRAPPERS, *TOOLS)}, stem
 
 
 def test_the_model_is_built_in_one_direction() -> None:
@@ -81,7 +79,7 @@ def test_every_operator_has_a_reference_and_a_test() -> None:
     import gpt2_kernels
     from gpt2_kernels import reference
 
-    tools = {"OPS", "modules", "path_of", "reference"}
+    tools = {"OPS", "apply", "compat", "integrations", "modules", "path_of", "reference"}
     for name in set(gpt2_kernels.__all__) - tools:
         assert callable(getattr(reference, name)), name
     for stem in (*OP_FILES, *WRAPPERS):

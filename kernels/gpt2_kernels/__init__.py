@@ -6,6 +6,8 @@ in `gpt2_kernels.reference` computes in plain PyTorch. Importing this package ne
 
 from gpt2_kernels import (
     attention_backward,  # noqa: F401  registers the operator
+    compat,
+    integrations,
     modules,
     reference,
 )
@@ -13,6 +15,7 @@ from gpt2_kernels._runtime import OPS, path_of
 from gpt2_kernels.attentionmap import attention_map
 from gpt2_kernels.crossentropy import cross_entropy, linear_cross_entropy
 from gpt2_kernels.decoding import advance_
+from gpt2_kernels.dropin import apply
 from gpt2_kernels.fused_attention import attention, attention_varlen
 from gpt2_kernels.gemm import gelu_mlp, linear
 from gpt2_kernels.kv_cache import append_kv_
@@ -28,11 +31,14 @@ __all__ = [
     "add_layer_norm",
     "advance_",
     "append_kv_",
+    "apply",
     "attention",
     "attention_map",
     "attention_varlen",
+    "compat",
     "cross_entropy",
     "gelu_mlp",
+    "integrations",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

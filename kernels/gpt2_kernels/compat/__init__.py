@@ -1,0 +1,1 @@
+"""The operators under other packages' names and signatures."""

@@ -1,0 +1,451 @@
+"""`apply`: the operators put into somebody else's model, instance by instance, and taken out again.
+
+A module is recognised by its exact type, or by its shape where it is written after nanoGPT; its *class* is then
+exchanged for one made of a forward from here and the class it had. Parameters, buffers, hooks, attribute names and
+`isinstance` stay as they were, so state_dict, copy.deepcopy, pickle, DDP, optimizers, autocast, checkpointing and
+torch.compile see the same model; no class of anybody's is changed. What cannot be computed exactly is left alone, and
+the report says why. Where a single call asks for what the operators do not do (attention weights, a mask of its own,
+a hook or an adapter put on an inner layer afterwards), the module's own forward serves that call.
+
+Above the operator files, like `modules`; transformers' modules are in `integrations.transformers`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2_kernels import _check, _runtime
+from gpt2_kernels.fused_attention import attention
+from gpt2_kernels.gemm import gelu_mlp, linear
+from gpt2_kernels.layernorm import MAX_WIDTH, layer_norm
+from gpt2_kernels.sdpa import scaled_dot_product_attention
+
+MAX_HEAD_DIM = 256
+
+
+class Fused(nn.Module):
+    """What the class of a replaced module begins with: a forward on the operators before the one it had."""
+
+    by: str  # what computes it, for the report
+
+    @classmethod
+    def install(cls, module: nn.Module, model: nn.Module) -> None:
+        """`module` is in `model`, which is all that may be touched."""
+        combined: Any = _combined  # the cache hashes classes, which mypy takes for modules
+        module.__class__ = combined(cls, type(module))
+
+    def uninstall(self, model: nn.Module) -> None:
+        kind: Any = type(self)
+        self.__class__ = kind.__bases__[1]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled and copied by the two classes, since the combined one has no name that could be imported."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_rebuild, type(self).__bases__, *reduced[2:])
+
+
+@functools.cache
+def _combined(fused: Any, base: Any) -> Any:
+    return type(f"Fused{base.__name__}", (fused, base), {"__module__": fused.__module__})
+
+
+def _rebuild(fused: Any, base: Any) -> nn.Module:
+    combined = _combined(fused, base)
+    return combined.__new__(combined)
+
+
+# --- what forwards are made of --------------------------------------------------------------------------------------
+
+
+def plain(module: Any, kind: type) -> bool:
+    """Whether a layer is exactly that and nobody listens to it: then its weights may be used without calling it.
+
+    Adapters, quantised layers and parametrizations have another type; pruning and old weight norm are hooks.
+    """
+    listeners = module._forward_hooks or module._forward_pre_hooks
+    listeners = listeners or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not listeners
+
+
+def gelu_product(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x w1^T + b1) w2^T + b2 with the fastest products there are; either bias may be missing."""
+    if b1 is not None and b2 is not None:
+        return gelu_mlp(x, w1, b1, w2, b2, approximate=approximate, batch_invariant=False)
+    hidden = linear(x, w1, b1, activation="gelu_tanh" if approximate == "tanh" else "gelu", batch_invariant=False)
+    return F.linear(hidden, w2, b2)
+
+
+class FusedLayerNorm(Fused):
+    by = "layer_norm"
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = input.new_ones(self.normalized_shape) if self.weight is None else self.weight
+        return layer_norm(input, weight, self.bias, self.eps)
+
+
+class FusedMultiheadAttention(Fused):
+    """Without weights, and with no mask or one that is said to be causal; all other calls are torch's own."""
+
+    by = "scaled_dot_product_attention (torch's own for calls with need_weights, padding, or a mask that is not causal)"
+    in_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    q_proj_weight: Tensor
+    k_proj_weight: Tensor
+    v_proj_weight: Tensor
+    out_proj: nn.Linear
+    num_heads: int
+    dropout: float
+    batch_first: bool
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        batched = query.dim() == 3 and not query.is_nested
+        if need_weights or key_padding_mask is not None or is_causal != (attn_mask is not None) or not batched:
+            options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return super().forward(query, key, value, *options)
+        if query is key is value and self.in_proj_weight is not None:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            apart, together = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), self.in_proj_weight
+            weights = apart if together is None else together.chunk(3)
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            q, k, v = (F.linear(*each) for each in zip((query, key, value), weights, biases))
+        into, back = ((0, 2, 1, 3), (0, 2, 1, 3)) if self.batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).permute(into) for t in (q, k, v))  # (B, H, T, D) views
+        dropout = self.dropout if self.training else 0.0
+        out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)
+        return F.linear(out.permute(back).flatten(2), self.out_proj.weight, self.out_proj.bias), None
+
+
+class FusedTransformerEncoderLayer(Fused):
+    """The layer's own modules, called one by one: torch's inference path would pass by those that were replaced."""
+
+    by = "its replaced parts, and gelu_mlp where the activation is GELU"
+    self_attn: nn.MultiheadAttention
+    linear1: nn.Linear
+    linear2: nn.Linear
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    dropout: nn.Dropout
+    dropout1: nn.Dropout
+    dropout2: nn.Dropout
+    norm_first: bool
+    activation: Any
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if src.is_nested:  # torch.nn.TransformerEncoder packs padded batches so for its own inference path
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+        def attend(x: Tensor) -> Tensor:
+            out, _ = self.self_attn(
+                x,
+                x,
+                x,
+                attn_mask=src_mask,
+                key_padding_mask=src_key_padding_mask,
+                need_weights=False,
+                is_causal=is_causal,
+            )
+            return self.dropout1(out)
+
+        if self.norm_first:
+            x = src + attend(self.norm1(src))
+            return x + self._feed_forward(self.norm2(x))
+        x = self.norm1(src + attend(src))
+        return self.norm2(x + self._feed_forward(x))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        first, second = self.linear1, self.linear2
+        approximate = _gelu_form(self.activation)
+        dropping = self.training and self.dropout.p > 0
+        if approximate and not dropping and plain(first, nn.Linear) and plain(second, nn.Linear):
+            out = gelu_product(x, first.weight, first.bias, second.weight, second.bias, approximate)
+        else:
+            out = second(self.dropout(self.activation(first(x))))
+        return self.dropout2(out)
+
+
+def _gelu_form(activation: Any) -> str | None:
+    """ "none" (erf) or "tanh" where an activation is GELU, else None."""
+    if activation is F.gelu:
+        return "none"
+    return activation.approximate if type(activation) is nn.GELU else None
+
+
+# --- modules written after nanoGPT ----------------------------------------------------------------------------------
+
+
+class FusedNanoNorm(Fused):
+    """nanoGPT's LayerNorm, whose bias may be None."""
+
+    by = "layer_norm"
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.weight, self.bias, getattr(self, "eps", 1e-5))
+
+
+class FusedNanoMLP(Fused):
+    approximate: str
+    c_fc: nn.Linear
+    c_proj: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.c_fc, self.c_proj
+        if not (plain(first, nn.Linear) and plain(second, nn.Linear)):
+            return super().forward(x)
+        out = gelu_product(x, first.weight, first.bias, second.weight, second.bias, self.approximate)
+        dropout = self._modules.get("dropout")
+        return out if dropout is None else dropout(out)
+
+
+class FusedNanoMLPErf(FusedNanoMLP):
+    by, approximate = "gelu_mlp(approximate='none')", "none"
+
+
+class FusedNanoMLPTanh(FusedNanoMLP):
+    by, approximate = "gelu_mlp(approximate='tanh')", "tanh"
+
+
+class FusedNanoAttention(Fused):
+    by = "attention"
+    c_attn: nn.Linear
+    c_proj: nn.Linear
+    n_head: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropouts = self._modules.get("attn_dropout"), vars(self).get("dropout")
+        rates: set[Any] = {d.p if isinstance(d, nn.Dropout) else d for d in dropouts if d is not None}
+        into, back = self.c_attn, self.c_proj
+        if len(rates) > 1 or not (plain(into, nn.Linear) and plain(back, nn.Linear)):
+            return super().forward(x)
+        rate = rates.pop() if rates and self.training else 0.0
+        q, k, v = into(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # three views, no copy
+        out = attention(q, k, v, dropout_p=rate)
+        assert isinstance(out, Tensor)
+        out = back(out.flatten(2))
+        dropout = self._modules.get("resid_dropout")
+        return out if dropout is None else dropout(out)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_NOT_NANO = ("torch.", "transformers.", "gpt2_kernels", "gpt2.")  # packages whose modules are known by their type
+
+
+def _nano(module: Any, proofs: dict[Any, bool]) -> type[Fused] | str | None:
+    """Modules named and shaped like nanoGPT's; that they mean the same is not assumed but tried by `_proved`."""
+    name, children = type(module).__name__.lower(), dict(module._modules)
+    attributes = set(vars(module)) - _OF_EVERY_MODULE
+    known: set[str]
+    candidates: tuple[type[Fused], ...]
+    parameters = {key for key, value in module._parameters.items() if value is not None}
+    if "norm" in name and not children and parameters in ({"weight"}, {"weight", "bias"}):
+        known, candidates = {"bias", "eps"}, (FusedNanoNorm,)
+        if module.weight.dim() != 1 or not 1 <= len(module.weight) <= MAX_WIDTH:
+            return f"its weight must be one axis in 1..{MAX_WIDTH}, got {tuple(module.weight.shape)}"
+    elif {"c_fc", "c_proj"} <= set(children):
+        known, candidates = set(), (FusedNanoMLPErf, FusedNanoMLPTanh)
+        if extra := set(children) - {"c_fc", "c_proj", "gelu", "act", "dropout"}:
+            return f"it has {_listed(extra)}, which nanoGPT's MLP has not"
+    elif {"c_attn", "c_proj"} <= set(children):
+        known, candidates = {"n_head", "n_embd", "dropout", "flash"}, (FusedNanoAttention,)
+        if extra := set(children) - {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}:
+            return f"it has {_listed(extra)}, which nanoGPT's attention has not"
+        if not isinstance(getattr(module, "n_head", None), int):
+            return "it has no n_head"
+    else:
+        return None
+    if extra := attributes - known:
+        return f"it has {_listed(extra)}, which nanoGPT's module of this shape has not"
+    if extra := set(module._buffers) - {"bias"}:
+        return f"it has a buffer {_listed(extra)}, which nanoGPT's module of this shape has not"
+    for child_name, child in children.items():
+        if type(child) not in (nn.Linear, nn.GELU, nn.Dropout):
+            return f"its {child_name} is a {type(child).__name__}"
+    if any(tensor.is_meta for tensor in module.parameters()):
+        return "its parameters are on the meta device: apply it once they are there"
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return "its forward takes more than one tensor"
+    kept = tuple((key, str(vars(module)[key])) for key in sorted(attributes))
+    shapes = tuple((key, value.shape) for key, value in module.named_parameters())
+    for candidate in candidates:
+        key = candidate, type(module), kept, shapes, tuple(map(repr, children.values()))
+        if key not in proofs:
+            proofs[key] = _proved(module, candidate)
+        if proofs[key]:
+            return candidate
+    return "it is shaped like nanoGPT's module, but computes something else"
+
+
+def _proved(module: Any, candidate: type[Fused]) -> bool:
+    """Whether `candidate` computes what the module does: on a float32 copy on the CPU, with random weights (those of
+    the module may be zeros, and prove nothing), in eval and training mode with every dropout at 0."""
+    original = copy.deepcopy(module).float().cpu()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _runtime.force("torch"), torch.random.fork_rng([]):
+        for parameter in original.parameters():
+            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5 + (fan_in == 1))
+        for child in original.modules():
+            if isinstance(child, nn.Dropout):
+                child.p = 0.0
+        if isinstance(vars(original).get("dropout"), float):
+            original.dropout = 0.0
+        width = next(original.parameters()).shape[-1]
+        fused = copy.deepcopy(original)
+        candidate.install(fused, fused)
+        for training in (False, True):
+            for shape, scale in (((2, 33, width), 1.0), ((1, 1, width), 1.0), ((1, 5, width), 3e-3)):
+                x = torch.randn(shape, generator=generator) * scale  # the small one shows LayerNorm's epsilon
+                try:
+                    theirs = original.train(training)(x)
+                    torch.testing.assert_close(fused.train(training)(x), theirs, rtol=1e-5, atol=1e-5 * scale)
+                except Exception:  # theirs may fail in any way on an input that it was not written for
+                    return False
+    return True
+
+
+# --- recognition ----------------------------------------------------------------------------------------------------
+
+
+def _torch_module(module: Any) -> type[Fused] | str | None:
+    kind = type(module)
+    if kind is nn.LayerNorm:
+        if len(module.normalized_shape) != 1 or not 1 <= module.normalized_shape[0] <= MAX_WIDTH:
+            return f"normalized_shape must be one axis in 1..{MAX_WIDTH}, got {tuple(module.normalized_shape)}"
+        return FusedLayerNorm
+    if kind is nn.MultiheadAttention:
+        if module.bias_k is not None or module.add_zero_attn:
+            return "add_bias_kv and add_zero_attn have no counterpart"
+        if not 1 <= module.head_dim <= MAX_HEAD_DIM:
+            return f"head dimension must lie in 1..{MAX_HEAD_DIM}, got {module.head_dim}"
+        return FusedMultiheadAttention
+    if kind is nn.TransformerEncoderLayer:
+        parts = {name: _torch_module(getattr(module, name)) for name in ("self_attn", "norm1", "norm2")}
+        for name, part in parts.items():
+            if not isinstance(getattr(module, name), Fused) and not isinstance(part, type):
+                return f"its {name} is left: {part or type(getattr(module, name)).__name__}"
+        return FusedTransformerEncoderLayer
+    return None
+
+
+def _recognise(module: nn.Module, proofs: dict[Any, bool]) -> type[Fused] | str | None:
+    """The class to put before the module's own, or why it is left, or None where it is no kind that concerns us."""
+    kind = type(module)
+    found: type[Fused] | str | None = _torch_module(module)
+    if found is None and kind.__module__.startswith("transformers."):
+        from gpt2_kernels.integrations.transformers import recognise  # it is imported already: here is a module of it
+
+        found = recognise(module)
+    if found is None and not f"{kind.__module__}.".startswith(_NOT_NANO):
+        found = _nano(module, proofs)
+    if found is None and _sounds_like_ours(module):
+        return f"{kind.__name__} is not a kind that apply knows"
+    if isinstance(found, type):
+        if "forward" in vars(module):
+            return "its forward was replaced on this instance"
+        for name, tensor in module.named_parameters():
+            if tensor.dtype not in _check.DTYPES:
+                return f"dtype must be float32, float16 or bfloat16, got {tensor.dtype} of {name}"
+    return found
+
+
+def _sounds_like_ours(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.__module__.startswith(("gpt2_kernels", "gpt2.")):
+        return False
+    leaf = kind.__name__.lower()
+    return leaf.endswith(("attention", "mlp", "norm")) or isinstance(module, (nn.LayerNorm, nn.MultiheadAttention))
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+# --- the public function --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `apply` did. Keys are the names of `model.named_modules()`, '' for the model itself."""
+
+    replaced: dict[str, str]  # name -> the operator that computes the module now
+    kept: dict[str, str]  # name -> why the module was left as it is
+
+    def __str__(self) -> str:
+        rows = [(name or "(the model)", "replaced", by) for name, by in self.replaced.items()]
+        rows += [(name or "(the model)", "kept", why) for name, why in self.kept.items()]
+        if not rows:
+            return "no module that apply knows"
+        width = max(len(name) for name, _, _ in rows)
+        return "\n".join(f"{name:{width}}  {what:8}  {text}" for name, what, text in rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """What `apply` returns: `print(handle.report)` says what was replaced, `handle.revert()` undoes all of it."""
+
+    model: nn.Module
+    report: Report
+
+    def revert(self) -> None:
+        """Give every module of the model that `apply` replaced, at any time, the class that it had before."""
+        for module in list(self.model.modules()):
+            if isinstance(module, Fused):
+                module.uninstall(self.model)
+
+
+def apply(model: nn.Module) -> Handle:
+    """Put the operators into `model`, in place, and say what was replaced and what was left, and why.
+
+    Known are torch.nn.LayerNorm, MultiheadAttention and TransformerEncoderLayer, transformers' GPT-2 MLP and attention,
+    and modules written after nanoGPT's LayerNorm, MLP and CausalSelfAttention. Only this instance is touched: classes,
+    parameters, buffers, hooks and state_dict keys stay as they are, so it may be called before or after an optimizer,
+    DDP or torch.compile saw the model, and twice does no more than once. A deep copy of the model keeps what was done.
+    Results are those of the modules replaced, up to rounding; dropout drops at the same rate, not the same elements.
+    Raises ValueError where `model` is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        _check.fail("apply", "model must be a torch.nn.Module", type(model).__name__)
+    replaced: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    proofs: dict[Any, bool] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Fused):
+            found = _recognise(module, proofs)
+            if isinstance(found, str):
+                kept[name] = found
+            if not isinstance(found, type):
+                continue
+            found.install(module, model)
+        assert isinstance(module, Fused)
+        replaced[name] = module.by
+    return Handle(model, Report(replaced, kept))
