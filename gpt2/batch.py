@@ -225,7 +225,8 @@ def _model_digest(name: str) -> str:
 
     folder = resolve(name)
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+    files = {folder} if folder.is_file() else {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
+    for path in sorted(files):
         digest.update(f"{path.name} {digest_and_lines(path)[0]}\n".encode())
     return digest.hexdigest()
 

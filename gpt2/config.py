@@ -147,7 +147,8 @@ def preset_or_folder(name_or_path: str | os.PathLike[str], caller: str) -> str |
     """A preset's name, returned as it is, or the Path of a folder that is there; ValueError for anything else.
 
     A preset's name wins over a folder of the same name, since a clone of this package holds a folder `gpt2`. So a
-    folder's name needs a path separator ("./gpt2", "models/mine"); a Path object is always a folder.
+    folder's name needs a path separator ("./gpt2", "models/mine"); a Path object is always a folder. A file `*.pt`
+    passes too: nanoGPT's checkpoint.
     """
     if isinstance(name_or_path, str):
         name = name_or_path
@@ -159,6 +160,6 @@ def preset_or_folder(name_or_path: str | os.PathLike[str], caller: str) -> str |
     elif not isinstance(name_or_path, os.PathLike):
         raise ValueError(f"{caller}: expected a preset's name or a folder's path, got {name_or_path!r}")
     path = Path(name_or_path)
-    if not path.is_dir():
+    if not path.is_dir() and not (path.suffix == ".pt" and path.is_file()):
         raise ValueError(f"{caller}: {str(name_or_path)!r} is not a folder" + (", but a file" if path.exists() else ""))
     return path

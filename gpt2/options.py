@@ -111,6 +111,18 @@ def parser() -> argparse.ArgumentParser:
     _profile_option(kept)
     train.set_defaults(run="gpt2.commands:train")
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="how well a model predicts a text",
+        description="Print the perplexity of a text: every token is scored once, by a window that slides over it.",
+    )
+    evaluate.add_argument("--data", required=True, metavar="TEXT", help="a UTF-8 text file")
+    evaluate.add_argument("--context", type=int, metavar="N", help="tokens in a window (default: all positions)")
+    evaluate.add_argument("--stride", type=int, metavar="N", help="tokens it moves on by (default: half the context)")
+    evaluate.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at a time (default 4)")
+    _model_options(evaluate)
+    evaluate.set_defaults(run="gpt2.evaluate:evaluate")
+
     info = commands.add_parser("info", help="versions, devices, and what computes each operator here")
     info.set_defaults(run="gpt2.commands:info")
     return top

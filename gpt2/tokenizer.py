@@ -35,7 +35,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> tiktoken.Encoding:
     The four sizes of GPT-2 share one vocabulary, which tiktoken downloads once (or finds in TIKTOKEN_CACHE_DIR);
     "storybook" has its own, in the package. A folder is read from the first of these that it holds:
     `tokenizer.tiktoken`, `vocab.json` with `merges.txt`, `tokenizer.json`. A folder needs a path separator in its name
-    ("./gpt2"), since a preset's name wins.
+    ("./gpt2"), since a preset's name wins. nanoGPT's `ckpt.pt` with GPT-2's vocabulary has GPT-2's encoding.
 
     Raises ValueError, naming the file, where there is no tokenizer or it is not GPT-2's kind of byte-level BPE.
     """
@@ -85,6 +85,8 @@ def _from_folder(folder: Path) -> tiktoken.Encoding:
     elif (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
         ranks, special = _from_tokenizer_json(_read_json(path), path)
+    elif folder.is_file() or (folder / "ckpt.pt").is_file():
+        return _of_nanogpt(folder)
     else:
         raise ValueError(
             f"{folder}: no tokenizer there (tokenizer.tiktoken, vocab.json and merges.txt, tokenizer.json)"
@@ -94,6 +96,17 @@ def _from_folder(folder: Path) -> tiktoken.Encoding:
         if special.get(END_OF_TEXT) != eos:
             raise ValueError(f"{folder}: {END_OF_TEXT} is token {special.get(END_OF_TEXT)}, but config.json says {eos}")
     return tiktoken.Encoding(folder.name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+def _of_nanogpt(path: Path) -> tiktoken.Encoding:
+    """GPT-2's encoding, where a nanoGPT checkpoint, which has no tokenizer beside it, was trained on it."""
+    from gpt2.weights import nanogpt_checkpoint, nanogpt_config  # reads the file: torch is needed for nothing else here
+
+    checkpoint = nanogpt_checkpoint(path)
+    size = None if checkpoint is None else nanogpt_config(checkpoint).vocab_size
+    if size != GPT2Config().vocab_size:
+        raise ValueError(f"{path}: its vocabulary must be GPT-2's, since there is no tokenizer beside it, got {size}")
+    return load_tokenizer("gpt2")
 
 
 def _read_text(path: Path) -> str:

@@ -520,7 +520,7 @@ def _model_of(recipe: Recipe) -> tuple[GPT2Config, tiktoken.Encoding]:
     """The shape and the tokenizer of a run. Raises ValueError where `model`, `init` and tokenizer do not fit."""
 
     def config_of(name: str) -> GPT2Config:
-        return PRESETS[name] if name in PRESETS else GPT2Config.from_folder(weights.resolve(name))
+        return PRESETS[name] if name in PRESETS else weights.config_of(name)
 
     config = config_of(recipe.init or recipe.model or "storybook")
     if recipe.init is not None and recipe.model is not None and config_of(recipe.model) != config:

@@ -10,6 +10,10 @@ A folder holds `config.json` and the weights, in the first of these that it has:
 The names inside are those of the model's parameters (`h.0.attn.c_attn.weight`), with or without `transformer.` before
 them. Matrices of the blocks are stored (in, out), as the original TensorFlow code had them, where `nn.Linear` keeps
 (out, in); they are turned on the way in and out.
+
+nanoGPT's `ckpt.pt` is read too, named itself or by its folder: matrices (out, in), perhaps without biases, which are
+zeros here, perhaps under `_orig_mod.`, which torch.compile puts before names, and with a vocabulary padded from 50257
+to a multiple of 64, whose surplus rows stand for no token and are left out.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -43,6 +48,7 @@ _HEAD = "lm_head.weight"  # the output embedding, where a checkpoint repeats the
 _STORED_IN_OUT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 _MASK = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$")  # the causal mask, which old checkpoints carry along
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_TOKENS = GPT2Config().vocab_size  # of GPT-2's encoding, which nanoGPT pads
 _NAMED_AT_MOST = 4  # tensors of each kind that an error names
 
 
@@ -56,6 +62,13 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if isinstance(found, Path):
         return found
     return STORYBOOK if found == "storybook" else _download(found)
+
+
+def config_of(name_or_path: str | os.PathLike[str]) -> GPT2Config:
+    """The shape of a preset, of a folder, or of a nanoGPT checkpoint."""
+    path = resolve(name_or_path)
+    checkpoint = nanogpt_checkpoint(path)
+    return GPT2Config.from_folder(path) if checkpoint is None else nanogpt_config(checkpoint)
 
 
 def load(
@@ -77,8 +90,13 @@ def load(
         raise ValueError(f"from_pretrained: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     target = _device(device)
     folder = resolve(name_or_path)
-    config = GPT2Config.from_folder(folder)
-    stored = _match(_open(folder), shapes(config), folder)
+    checkpoint = nanogpt_checkpoint(folder)
+    if checkpoint is None:
+        config = GPT2Config.from_folder(folder)
+        stored = _match(_open(folder), shapes(config), folder)
+    else:
+        config, tensors = _open_nanogpt(checkpoint)
+        stored = _match(tensors, shapes(config), checkpoint)
     if dtype is None:
         found = {tensor.dtype for tensor in stored.values()}
         dtype = next((kind for kind in DTYPES[:3] if found == {kind}), torch.float32)
@@ -251,9 +269,10 @@ def _open_safetensors(path: Path) -> list[_Stored]:
     return tensors
 
 
-def _open_bin(path: Path) -> list[_Stored]:
+def _unpickle(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors, numbers, text and containers of them: nothing that could run code."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         if forbidden := re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(e)):
             raise ValueError(f"{path}: holds {forbidden[1]}, and nothing but tensors is read from a pickle") from None
@@ -262,6 +281,10 @@ def _open_bin(path: Path) -> list[_Stored]:
         raise
     except Exception as e:  # struct.error, OverflowError, ...: what half a pickle raises depends on where it ends
         raise ValueError(f"{path}: truncated or corrupt: {_reason(e)}") from None
+
+
+def _open_bin(path: Path) -> list[_Stored]:
+    content = _unpickle(path)
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f"{path}: expected a dict of tensors, got {_describe(content)}")
     tensors = []
@@ -269,6 +292,65 @@ def _open_bin(path: Path) -> list[_Stored]:
         dtype = tensor.dtype if tensor.dtype in DTYPES else str(tensor.dtype)
         tensors.append(_Stored(str(key).removeprefix(_PREFIX), tuple(tensor.shape), dtype, tensor.detach))
     return tensors
+
+
+def nanogpt_checkpoint(path: Path) -> Path | None:
+    """The nanoGPT checkpoint that a path means: a file itself, or the `ckpt.pt` of a folder without config.json."""
+    if path.is_file():
+        return path
+    inside = path / "ckpt.pt"
+    return inside if inside.is_file() and not (path / "config.json").is_file() else None
+
+
+def nanogpt_config(path: Path, content: Any = None) -> GPT2Config:
+    """The shape that a nanoGPT checkpoint says it has, a padded vocabulary cut to GPT-2's. `content` if it is read."""
+    content = _unpickle(path) if content is None else content
+    arguments = content.get("model_args") if isinstance(content, Mapping) else None
+    if not isinstance(arguments, Mapping) or not isinstance(content.get("model"), Mapping):
+        raise ValueError(f"{path}: expected nanoGPT's dict with model and model_args, got {type(content).__name__}")
+    try:
+        sizes = {name: arguments[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        positions, vocab = arguments["block_size"], sizes["vocab_size"]
+    except KeyError as e:
+        raise ValueError(f"{path}: model_args has no {e.args[0]}") from None
+    if isinstance(vocab, int) and _TOKENS < vocab < _TOKENS + 1024 and vocab % 64 == 0:
+        sizes["vocab_size"] = vocab = _TOKENS
+    try:
+        # nanoGPT's GELU is the erf form. Where the vocabulary is not GPT-2's, nothing says which token ends a text.
+        return GPT2Config(**sizes, n_positions=positions, activation_function="gelu", eos_token_id=vocab - 1)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def _open_nanogpt(path: Path) -> tuple[GPT2Config, list[_Stored]]:
+    """A nanoGPT checkpoint as if Hugging Face's library had stored it."""
+    content = _unpickle(path)
+    config = nanogpt_config(path, content)
+    padded = content["model_args"]["vocab_size"]
+    if config.vocab_size != _TOKENS:
+        warnings.warn(
+            f"{path}: the vocabulary of {padded} is not GPT-2's, and nothing says which token ends a text: token "
+            f"{config.eos_token_id}, the last, is taken for it, unless generation is told ignore_eos=True",
+            stacklevel=4,
+        )
+    tensors: list[_Stored] = []
+    for key, tensor in content["model"].items():
+        name = str(key).removeprefix("_orig_mod.").removeprefix(_PREFIX)
+        if _MASK.match(name):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: expected tensors under 'model', got {type(tensor).__name__} under {key!r}")
+        if name in ("wte.weight", _HEAD) and len(tensor) == padded:
+            tensor = tensor[: config.vocab_size]
+        tensor = tensor.T if _STORED_IN_OUT.search(name) else tensor
+        dtype = tensor.dtype if tensor.dtype in DTYPES else str(tensor.dtype)
+        tensors.append(_Stored(name, tuple(tensor.shape), dtype, tensor.detach))
+    if content["model_args"].get("bias") is False:  # of Linear and LayerNorm alike
+        kind = tensors[0].dtype if tensors and isinstance(tensors[0].dtype, torch.dtype) else torch.float32
+        for name, shape in shapes(config).items():
+            if name.endswith(".bias"):
+                tensors.append(_Stored(name, shape, kind, functools.partial(torch.zeros, shape, dtype=kind)))
+    return config, tensors
 
 
 def _describe(content: object) -> str:

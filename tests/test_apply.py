@@ -527,8 +527,8 @@ def test_dropout_is_honoured_in_training_and_off_in_eval(production: torch.devic
     gpt2_kernels.apply(model)
     mask = None
     if padding == "left":
-        mask = torch.ones(1, 12, dtype=torch.int8, device=production)
-        mask[:, :3] = 0
+        mask = torch.ones(1, 1, 1, 12, dtype=torch.int8, device=production)
+        mask[..., :3] = 0
     with torch.no_grad():
         exact = attn(x, attention_mask=mask)[0]
         assert torch.equal(attn(x, attention_mask=mask)[0], exact)

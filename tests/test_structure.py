@@ -14,14 +14,14 @@ from conftest import ROOT
 KERNELS, MODEL = ROOT / "kernels" / "gpt2_kernels", ROOT / "gpt2"
 FOUNDATION = ("_native", "_runtime", "_check", "_attention", "_thresholds", "_paged_decode", "reference")
 WRAPPERS = ("sdpa", "modules")  # no kernels of their own: they import the operator files
-TOOLS = ("dropin",)  # on top of both; only __init__ and integrations import them
+TOOLS = ("dropin", "explanation", "env_report", "warmup")  # on top of both
 OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDATION, *WRAPPERS, *TOOLS, "__init__"))
 
 # Each may import those before it, and nothing else of the package.
 MODEL_ORDER = (
-    "config", "profiling", "blocks", "text", "sampling", "recipe", "tokenizer", "weights", "reference", "model",
+    "config", "profiling", "blocks", "text", "sampling", "recipe", "weights", "tokenizer", "reference", "model",
     "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "parallel", "training", "__init__",
-    "options", "commands", "batch_files", "batch", "cli", "__main__",
+    "options", "commands", "evaluate", "batch_files", "batch", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_every_operator_has_a_reference_and_a_test() -> None:
     import gpt2_kernels
     from gpt2_kernels import reference
 
-    tools = {"OPS", "apply", "compat", "integrations", "modules", "path_of", "reference"}
+    tools = {"OPS", "apply", "compat", "explain", "integrations", "modules", "path_of", "reference"}
     for name in set(gpt2_kernels.__all__) - tools:
         assert callable(getattr(reference, name)), name
     for stem in (*OP_FILES, *WRAPPERS):

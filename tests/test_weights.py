@@ -549,3 +549,96 @@ def test_models_that_are_not_of_the_config_are_not_written(tmp_path: Path) -> No
 def test_shapes_are_those_of_the_model(config: GPT2Config) -> None:
     model = ReferenceGPT2(config)
     assert weights.shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+# --- nanoGPT's checkpoints ------------------------------------------------------------------------------------------
+
+
+def nanogpt_checkpoint(path: Path, vocab_size: int = 60, *, bias: bool = True, prefix: str = "", **changes: Any) -> Any:
+    """What nanoGPT's train.py saves, of a model in nanoGPT's own code; that model."""
+    import nanogpt
+
+    arguments = dict(n_layer=2, n_head=2, n_embd=32, block_size=48, bias=bias, vocab_size=vocab_size, dropout=0.0)
+    torch.manual_seed(0)
+    model = nanogpt.GPT(**arguments, flash=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    content = {
+        "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 6e-4, "betas": (0.9, 0.95)}]},
+        "model_args": arguments,
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(4.2),
+        "config": {"dataset": "openwebtext", "compile": True, "out_dir": "out"},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content | changes, path)
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])  # of a compiled model
+@pytest.mark.filterwarnings("ignore:.*is not GPT-2's")
+def test_nanogpt_logits(tmp_path: Path, bias: bool, prefix: str) -> None:
+    """By the file or by its folder: the logits of nanoGPT's own code, whose GELU is the erf form."""
+    theirs = nanogpt_checkpoint(tmp_path / "out" / "ckpt.pt", bias=bias, prefix=prefix)
+    tokens = torch.randint(60, (2, 11))
+    for path in (tmp_path / "out", tmp_path / "out" / "ckpt.pt"):
+        model = ReferenceGPT2.from_pretrained(path, device="cpu")
+        assert model.config.activation_function == "gelu" and model.config.n_positions == 48
+        torch.testing.assert_close(model(tokens), theirs(tokens)[0], rtol=1e-5, atol=1e-5)
+    assert weights.config_of(tmp_path / "out") == model.config
+
+
+def test_nanogpt_padded_vocabulary(tmp_path: Path) -> None:
+    """Rows past 50257 stand for no token: they are left out, and can never be generated; the tokenizer is GPT-2's."""
+    theirs = nanogpt_checkpoint(tmp_path / "ckpt.pt", 50304)
+    model = ReferenceGPT2.from_pretrained(tmp_path, device="cpu")
+    assert model.config.vocab_size == 50257 and model.config.eos_token_id == 50256
+    tokens = torch.randint(50257, (1, 5))
+    torch.testing.assert_close(model(tokens), theirs(tokens)[0][..., :50257], rtol=1e-5, atol=1e-5)
+    from gpt2 import load_tokenizer
+
+    try:
+        expected = load_tokenizer("gpt2")
+    except ValueError:
+        pytest.skip("GPT-2's vocabulary is not here")
+    assert load_tokenizer(tmp_path) is expected and load_tokenizer(tmp_path / "ckpt.pt") is expected
+
+
+def test_nanogpt_of_another_vocabulary(tmp_path: Path) -> None:
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", 65)
+    with pytest.warns(UserWarning, match="vocabulary of 65 is not GPT-2's.*ignore_eos"):
+        assert ReferenceGPT2.from_pretrained(tmp_path, device="cpu").config.vocab_size == 65
+    from gpt2 import load_tokenizer
+
+    with pytest.raises(ValueError, match="vocabulary must be GPT-2's, since there is no tokenizer beside it, got 65"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not GPT-2's")
+def test_nanogpt_checkpoints_that_are_broken(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    good = nanogpt_checkpoint(path).state_dict()
+    arguments = dict(n_layer=2, n_head=2, n_embd=32, block_size=48, bias=True, vocab_size=60)
+    cases: list[tuple[dict[str, Any], str]] = [
+        (dict(model_args=None), "expected nanoGPT's dict with model and model_args"),
+        (dict(model_args={k: v for k, v in arguments.items() if k != "n_head"}), "model_args has no n_head"),
+        (dict(model_args=arguments | {"n_head": 3}), "n_embd must be a multiple of n_head"),
+        (dict(model_args=arguments | {"n_layer": 3}), "12 missing: h.2.ln_1.weight"),
+        (dict(model={k: v for k, v in good.items() if "ln_f" not in k}), "2 missing: ln_f.weight"),
+        (dict(model=good | {"lm_head.weight": good["lm_head.weight"] + 1}), "1 untied"),
+        (dict(model=good | {"transformer.h.0.gate.weight": torch.zeros(1)}), "1 unknown: h.0.gate.weight"),
+        (dict(model=good | {"transformer.ln_f.weight": 3}), "expected tensors under 'model', got int"),
+    ]
+    for changes, message in cases:
+        nanogpt_checkpoint(path, **changes)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ReferenceGPT2.from_pretrained(tmp_path, device="cpu")
+    nanogpt_checkpoint(path, config={"run": types.SimpleNamespace()})
+    with pytest.raises(ValueError, match="nothing but tensors is read from a pickle"):
+        ReferenceGPT2.from_pretrained(path, device="cpu")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        ReferenceGPT2.from_pretrained(path, device="cpu")

@@ -357,14 +357,14 @@ def _torch_module(module: Any) -> type[Fused] | str | None:
     return None
 
 
-def _recognise(module: nn.Module, proofs: dict[Any, bool]) -> type[Fused] | str | None:
+def recognise(module: nn.Module, proofs: dict[Any, bool]) -> type[Fused] | str | None:
     """The class to put before the module's own, or why it is left, or None where it is no kind that concerns us."""
     kind = type(module)
     found: type[Fused] | str | None = _torch_module(module)
     if found is None and kind.__module__.startswith("transformers."):
-        from gpt2_kernels.integrations.transformers import recognise  # it is imported already: here is a module of it
+        from gpt2_kernels.integrations import transformers  # it is imported already: here is a module of it
 
-        found = recognise(module)
+        found = transformers.recognise(module)
     if found is None and not f"{kind.__module__}.".startswith(_NOT_NANO):
         found = _nano(module, proofs)
     if found is None and _sounds_like_ours(module):
@@ -440,7 +440,7 @@ def apply(model: nn.Module) -> Handle:
     proofs: dict[Any, bool] = {}
     for name, module in list(model.named_modules()):
         if not isinstance(module, Fused):
-            found = _recognise(module, proofs)
+            found = recognise(module, proofs)
             if isinstance(found, str):
                 kept[name] = found
             if not isinstance(found, type):

@@ -1,16 +1,16 @@
 """transformers: `attn_implementation="gpt2_kernels"` for any model, and GPT-2's modules for `apply`.
 
 transformers builds one mask a forward pass, by a function that an attention implementation registers, and hands it to
-every layer. Ours is a number for each key, (B, Tk), instead of a bit for each pair:
+every layer. Ours is a number for each key, (B, 1, 1, Tk), instead of a bit for each pair:
 
      n >= 1   a token of sequence n; a query sees keys of its own sequence alone
      0        padding: seen by no query, and as a query gives 0
     -1        not there yet: a static cache is longer than what has been written
 
 and None where all keys are tokens of one sequence each. The layers pack the tokens by it and call `attention_varlen`,
-so that padding costs memory traffic and no arithmetic. int8 numbers are 0 and 1; int64 ones number the sequences that
-share a row (position_ids that start anew), and hold no padding. A second dimension, and not four, lets generation hand
-the mask to a model a second time, as it does with a static cache.
+so that padding costs memory traffic and no arithmetic. int8 numbers are 0 and 1; int16 ones number the sequences that
+share a row (position_ids that start anew), and hold no padding. Masks of four dimensions are handed on as they are, so
+generation may give one to the model again, as it does with a static cache; nobody else's have these types.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def key_numbers(
     if sequences is not None:
         if attention_mask is not None:
             _check.fail(OP, "packed sequences must come without attention_mask", tuple(attention_mask.shape))
-        return sequences + 1
+        return (sequences + 1).to(torch.int16)[:, None, None]  # only neighbours are compared: 2^16 may wrap
 
     kept = None
     if attention_mask is not None:  # (B, tokens seen or more) bool
@@ -148,7 +148,7 @@ def key_numbers(
     if not causal:
         if kept is None or (may_skip and not compiling and bool(kept.all())):
             return None
-        return kept.to(torch.int8)
+        return kept.to(torch.int8)[:, None, None]
 
     if not compiling:
         q_offset = int(q_offset)  # a static cache keeps it on the device
@@ -163,7 +163,7 @@ def key_numbers(
     numbers = kept.to(torch.int8)
     if not all_there:
         numbers = torch.where(torch.arange(kv_length, device=numbers.device) < seen, numbers, -1)
-    return numbers
+    return numbers[:, None, None]
 
 
 def _refuse_gaps(kept: Tensor) -> None:
@@ -188,9 +188,9 @@ class _Packing(NamedTuple):
 
 
 def _packing(numbers: Tensor, Tq: int, causal: bool) -> _Packing:
+    numbers, device = numbers[:, 0, 0], numbers.device
     B, Tk = numbers.shape
-    device = numbers.device
-    if numbers.dtype == torch.int64:
+    if numbers.dtype == torch.int16:
         begins = torch.ones_like(numbers, dtype=torch.bool)
         begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
         if torch.compiler.is_compiling():  # as many sequences as there are tokens, those that are not there empty
@@ -282,8 +282,8 @@ def attention_forward(
 
     B, Tq = q.shape[:2]
     Tk = k.shape[1]
-    integer = isinstance(attention_mask, Tensor) and attention_mask.dtype in (torch.int8, torch.int64)
-    if not integer or tuple(attention_mask.shape) != (B, Tk):
+    integer = isinstance(attention_mask, Tensor) and attention_mask.dtype in (torch.int8, torch.int16)
+    if not integer or tuple(attention_mask.shape) != (B, 1, 1, Tk):
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         _check.fail(OP, f"a mask must be made by transformers from attention_mask (B, T) ({INSTEAD} take any)", got)
     order, back, keys, cu_q, cu_k = _packing_of(attention_mask, Tq, causal)
