@@ -63,6 +63,12 @@ def calls(sizes: Widths, dtype: torch.dtype, device: torch.device) -> dict[str, 
         )
         ops.sample(tensor(1, V), **options)
 
+    def advanced() -> None:
+        longs = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(7)]
+        drawn, tokens, positions, slots, limits, ends, count = longs
+        state = tokens, positions, slots, ints(1), limits + 9, ends + 1
+        ops.advance_(drawn, *state, ints(0, 1).view(1, 2), drawn.new_zeros(4, 1), count, 16)
+
     def inference() -> None:
         ops.layer_norm(x := tensor(2, 16, C), w := tensor(C), w)
         ops.linear(x, tensor(3 * C, C), tensor(3 * C))
@@ -77,6 +83,7 @@ def calls(sizes: Widths, dtype: torch.dtype, device: torch.device) -> dict[str, 
         "inference": torch.no_grad()(inference),
         "decode": torch.no_grad()(lambda: paged(1)),
         "prefill": torch.no_grad()(lambda: paged(24)),
+        "advance": torch.no_grad()(advanced),
         "sample": torch.no_grad()(sampled),
         "training: layer_norm": lambda: train(ops.layer_norm, row, (C,), (C,)),
         "training: add_layer_norm": lambda: train(ops.add_layer_norm, row, row, (C,), (C,)),
