@@ -169,6 +169,7 @@ STAGES: dict[str, tuple[Callable[[Run, float], Iterable[Row]], float]] = {
     "gemm": (benchmark("bench_gemm"), 8),
     "training": (benchmark("bench_training"), 6),
     "sampling": (benchmark("bench_sampling"), 2),
+    "apply": (benchmark("bench_apply"), 2),
     "host": (host, 1),
     "tuner": (benchmark("tune"), 6),
     "tests": (tests, 14),

@@ -1,0 +1,84 @@
+"""What `gpt2_kernels.apply` costs the host: modules at a size where calling them is most of the work, before and after.
+
+The clock is the wall's, so that a GPU's queue hides nothing: 8 tokens of width 768 keep no device busy.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gpt2_kernels
+from benchmarks.measure import Case, Run, against, both, forward
+
+WIDTH, HEADS = 768, 12
+
+
+def _attend(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
+        return module(x, x, x, need_weights=False, attn_mask=mask, is_causal=True)[0]
+
+    return call
+
+
+def modules(width: int, heads: int) -> dict[str, tuple[nn.Module, Callable[[nn.Module], Callable[[Tensor], Tensor]]]]:
+    """Name -> a module, and how it is called on x (B, T, width)."""
+
+    def direct(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        return module
+
+    found: dict[str, Any] = {
+        "LayerNorm": (nn.LayerNorm(width), direct),
+        "MultiheadAttention": (nn.MultiheadAttention(width, heads, batch_first=True), _attend),
+        "TransformerEncoderLayer": (
+            nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True),
+            direct,
+        ),
+    }
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers import GPT2Config
+        from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+        config = GPT2Config(n_embd=width, n_head=heads, attn_pdrop=0.0, resid_pdrop=0.0)
+        config._attn_implementation = "sdpa"
+        found["transformers' GPT-2 block"] = (GPT2Block(config, layer_idx=0), direct)
+    return found
+
+
+def cases(run: Run) -> Iterator[Case]:
+    width, heads = run.pick((WIDTH, HEADS), (WIDTH, HEADS), (32, 2))
+    B, T = 1, 8
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        built = modules(width, heads)
+    for name, (module, call_of) in built.items():
+        plain = module.to(run.device, run.dtype)
+        exact = call_of(copy.deepcopy(module).double())
+        fused = copy.deepcopy(plain)
+        assert gpt2_kernels.apply(fused).report.replaced, name
+        read = sum(p.numel() * p.element_size() for p in plain.parameters())
+        for direction, bind in (("forward", forward), ("forward and backward", both)):
+            training = direction != "forward"
+
+            def make(training: bool = training) -> tuple[Tensor, ...]:
+                x = run.random(B, T, width)
+                return (x, run.random(B, T, width)) if training else (x,)
+
+            yield Case(
+                name=f"apply {name} {direction} {B}x{T}x{width}",
+                make=make,
+                rivals={"ours": bind(call_of(fused)), "torch": bind(call_of(plain))},
+                check=against(bind(exact)),
+                moved=float(read * (3 if training else 1)),
+                clock="wall",
+            )
+
+
+def test_speed(measured) -> None:
+    assert measured.right, measured.why
