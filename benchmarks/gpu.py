@@ -88,7 +88,7 @@ def host(run: Run, end: float) -> Iterator[Row]:
     if run.device.type != "cuda":
         yield {
             "name": "host",
-            "not_run": {"ours": "no GPU: python -m benchmarks.host_time has a driver that does nothing"},
+            "not_run": {"all": "no GPU: python -m benchmarks.host_time has a driver that does nothing"},
         }
         return
     yield {"name": "host", "host_us": host_time.measure(run.device)}

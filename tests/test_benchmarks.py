@@ -266,6 +266,14 @@ def test_time_is_shared_out() -> None:
     assert gpu.limits(everything, 100.0, {"tests": 200.0}) == 0.0
 
 
+def test_what_needs_a_gpu_fails_nothing_without_one(run: Run) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for stage in (gpu.host, gpu.sanitizer):
+        (found,) = stage(run, math.inf)
+        assert "GPU" in found["not_run"]["all"] and not measure.failed(found)
+
+
 def test_stages_are_chosen_by_a_part_of_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.chosen("attention, tests") == [
         "environment",
