@@ -542,6 +542,9 @@ def test_dropout_is_honoured_in_training_and_off_in_eval(production: torch.devic
 
 def test_nanogpt_dropout(production: torch.device) -> None:
     model = randomize(nanogpt.GPT(dropout=0.3)).to(production)
+    for name, module in model.named_modules():  # of attention's probabilities alone
+        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout"):
+            module.p = 0.0
     gpt2_kernels.apply(model)
     tokens = torch.randint(60, (2, 11), device=production)
     torch.manual_seed(0)
