@@ -14,18 +14,21 @@ setup(
         "gpt2_kernels.integrations",
         "gpt2_kernels.csrc",
         "gpt2",
+        "gpt2.explorer",
         "gpt2.storybook",
     ],
     package_dir={
         "gpt2_kernels": "kernels/gpt2_kernels",
         "gpt2_kernels.csrc": "csrc",
         "gpt2": "gpt2",
+        "gpt2.explorer": "gpt2/explorer",
         "gpt2.storybook": "gpt2/storybook",
     },
     package_data={
         "gpt2_kernels": ["py.typed"],
         "gpt2_kernels.csrc": ["*.cpp", "*.h"],
         "gpt2": ["py.typed"],
+        "gpt2.explorer": ["*.html", "*.css", "*.js"],
         "gpt2.storybook": ["*.json", "*.safetensors", "*.tiktoken", "*.md"],
     },
 )

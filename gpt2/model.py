@@ -25,6 +25,7 @@ from gpt2.config import GPT2Config
 from gpt2.reference import initialize
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (..., H, D) -> (..., H, D)
+Watch = Callable[[int, Tensor, Tensor, float, Tensor], None]  # layer, q, k, scale, logsumexp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,15 +164,20 @@ class GPT2(nn.Module):
 
         Raises ValueError where T is larger than the config's n_positions or tokens are not (B, T).
         """
-        return self.logits(self._hidden(tokens))
+        return self.logits(self.hidden(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, float32, of targets (B, T) int64, where -100 is left out; holds no logits."""
         if targets.shape != tokens.shape:
             raise ValueError(f"GPT2.loss: targets must be the shape of tokens, got {targets.shape} and {tokens.shape}")
-        return ops.linear_cross_entropy(self._hidden(tokens, batch_invariant=False), self.wte.weight, targets)
+        return ops.linear_cross_entropy(self.hidden(tokens, batch_invariant=False), self.wte.weight, targets)
 
-    def _hidden(self, tokens: Tensor, batch_invariant: bool = True) -> Tensor:
+    def hidden(self, tokens: Tensor, *, batch_invariant: bool = True, watch: Watch | None = None) -> Tensor:
+        """Final hidden states (B, T, C), of which `logits` makes scores; watch sees every layer's attention go by.
+
+        watch is called with the layer, q and k (B, T, H, D), the scale of their products and the logsumexp (B, H, T):
+        what `gpt2_kernels.attention_map` makes probabilities of.
+        """
         if tokens.dim() != 2 or tokens.shape[1] > self.config.n_positions:
             raise ValueError(
                 f"GPT2: tokens must be (B, T) with T <= {self.config.n_positions}, got {tuple(tokens.shape)}"
@@ -179,7 +185,14 @@ class GPT2(nn.Module):
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
-            x = block(x, lambda q, k, v, scale=scale: ops.attention(q, k, v, scale=scale), batch_invariant)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer, scale: float = scale) -> Tensor:
+                y = ops.attention(q, k, v, scale=scale, return_lse=watch is not None)
+                if watch is not None:
+                    watch(layer, q, k, scale, y[1])
+                return y if isinstance(y, Tensor) else y[0]
+
+            x = block(x, attend, batch_invariant)
         return _normalize(self.ln_f, x)
 
     @torch.no_grad()

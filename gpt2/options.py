@@ -123,6 +123,34 @@ def parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     evaluate.set_defaults(run="gpt2.evaluate:evaluate")
 
+    serve = commands.add_parser(
+        "serve",
+        help="the Explorer page and an OpenAI-compatible API",
+        description="Serve a model: a page on which to watch it think, and OpenAI's completions protocol under /v1. "
+        "Needs the extra `serve`: pip install 'gpt2-kernels[serve]'.",
+    )
+    _model_options(serve)
+    network = serve.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default 127.0.0.1)")
+    network.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 takes a free one (default 8000)")
+    network.add_argument(
+        "--api-key", metavar="KEY", help="ask for this bearer key; @FILE reads it from a file (default: none)"
+    )
+    network.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="let web pages of this origin use the API; repeatable (default: none)",
+    )
+    limits = serve.add_argument_group("limits")
+    limits.add_argument(
+        "--max-batch", type=int, default=64, metavar="N", help="sequences that run at once (default 64)"
+    )
+    limits.add_argument("--max-requests", type=int, default=256, metavar="N", help="requests let in (default 256)")
+    limits.add_argument("--time-limit", type=float, default=600, metavar="S", help="seconds a request (default 600)")
+    serve.set_defaults(run="gpt2.explorer:serve")
+
     info = commands.add_parser("info", help="versions, devices, and what computes each operator here")
     info.set_defaults(run="gpt2.commands:info")
     return top

@@ -41,6 +41,10 @@ if not GPU and _runtime.HAS_TRITON:
 torch.set_num_threads(1)  # tensors are tiny here: more threads would only wait for each other
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="FOLDER", help="where test_explorer.py keeps its pictures of the page")
+
+
 def pytest_report_header() -> list[str]:
     import triton
 

@@ -1,0 +1,108 @@
+"""`gpt2 serve`: the Explorer page and an OpenAI-compatible API over the batch engine.
+
+Needs the extra `serve` (starlette and uvicorn), which nothing else of the package does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import pathlib
+import socket
+import sys
+
+from gpt2.commands import load
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve until interrupted. ValueError or OSError where the options, the port or the model are no good."""
+    try:
+        import uvicorn
+
+        from gpt2.explorer.server import Limits, create_app
+    except ModuleNotFoundError as e:
+        missing = (e.name or "").partition(".")[0]
+        if missing not in ("starlette", "uvicorn"):
+            raise
+        raise ValueError(f"{missing} is not installed: pip install 'gpt2-kernels[serve]'") from None
+    for name in ("max_batch", "max_requests", "time_limit"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(options, name)}")
+    key = _key(options.api_key)
+    name = pathlib.PurePath(options.model).name  # of a folder its own
+    listener = _listen(options.host, options.port)  # a port that is taken is told before a model is loaded
+    with listener:
+        model, tokenizer = load(options)
+
+        from gpt2.engine import Engine
+        from gpt2.sampling import SamplingParams
+
+        Engine(model, num_blocks=1).generate([[]], SamplingParams(max_tokens=1))  # compiles what is not compiled yet
+        app = create_app(
+            Engine(model, tokenizer, max_batch=options.max_batch),
+            name,
+            limits=Limits(requests=options.max_requests, seconds=options.time_limit),
+            api_key=key,
+            origins=options.cors_origin,
+            # A name that somebody else's web page made point here gets no answer (DNS rebinding).
+            hosts=LOOPBACK if _is_loopback(options.host) else ("*",),
+        )
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=2 * options.max_requests + 64,  # connections, idle ones too
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+        )
+        listener.listen(2048)
+        host, port = listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(
+            f"gpt2 serve: {name}, {str(model.dtype).removeprefix('torch.')} on {model.device}\n"
+            f"  Explorer  {url}/\n"
+            f"  API       {url}/v1" + ("" if key else "  (no key)"),
+            file=sys.stderr,
+            flush=True,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _key(given: str | None) -> str | None:
+    """The key as given, or as the file behind @ holds it."""
+    if given is not None and given.startswith("@"):
+        with open(given[1:], encoding="utf-8") as file:
+            given = file.read().strip()
+    if given is not None and (not given or not given.isascii() or not given.isprintable()):
+        raise ValueError("--api-key must be printable ASCII and not empty")
+    return given
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port must be in 0..65535, got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as e:
+        raise ValueError(f"--host must be a name or address of this machine, got {host!r} ({e})") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as e:
+        listener.close()
+        raise OSError(f"cannot listen on {host}, port {port}: {e.strerror or e}") from None
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
