@@ -47,7 +47,7 @@ def serving(app: Any) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         listener.close()
         assert not thread.is_alive()
 
@@ -72,7 +72,7 @@ def command(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
         yield process, url.group()
     finally:
         process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=30)
+        rest = process.communicate(timeout=120)
         assert process.returncode == 130 and rest == ("", ""), (process.returncode, rest)
 
 

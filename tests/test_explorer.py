@@ -141,7 +141,7 @@ def shown(page: Page) -> list[int]:
 
 def settled(page: Page, tokens: list[int]) -> None:
     """The text is these tokens, and what may follow them has come."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while shown(page) != tokens or page.js("document.getElementById('next').getAttribute('aria-busy')") != "false":
         assert time.monotonic() < end, (shown(page), tokens)
         time.sleep(0.02)
@@ -249,7 +249,7 @@ def attention(page: Page, reader: Reader, tokens: list[int], pictures: dict[str,
         for name, value in (("layer", layer), ("head", head)):
             put(page, name, value, "change")
         truth = mean_of(maps, layer, head)[chosen]
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             texts = page.texts("#shares small")
             if len(texts) == len(tokens) and all(near(t, s) for t, s in zip(texts, truth[: chosen + 1].tolist())):

@@ -89,7 +89,7 @@ def slow(model: GPT2, tokenizer: Any) -> Slow:
 
 
 def client_of(url: str, key: str = "none") -> Any:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300)
 
 
 def ask(
@@ -97,7 +97,7 @@ def ask(
 ) -> tuple[int, Any, Any]:
     """(status, body, headers) of one request; a JSON body is decoded."""
     host = url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=60)
+    connection = http.client.HTTPConnection(host, timeout=300)
     with contextlib.closing(connection):
         given = {"content-type": "application/json"} if body is not None else {}
         connection.request(method, path, body, given | (headers or {}))
@@ -118,7 +118,7 @@ def metrics(url: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")}
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -399,7 +399,7 @@ def abrupt(url: str, generator: random.Random, body: str) -> None:
     host, _, port = url.removeprefix("http://").partition(":")
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
     content = f"{head}content-length: {len(body)}\r\n\r\n{body}".encode()
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
         way = generator.randrange(4)
         if way == 0:
             connection.sendall(content[: generator.randrange(1, len(content))])
@@ -418,7 +418,7 @@ def abrupt(url: str, generator: random.Random, body: str) -> None:
 def test_a_client_that_leaves_ends_its_request(slow: Slow, stream: bool) -> None:
     with serving(create_app(slow, "tiny")) as url:
         body = json.dumps(dict(prompt=["a", "b"], n=2, max_tokens=120, ignore_eos=True, stream=stream))
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=300)
         connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
         if stream:
             assert connection.getresponse().readline().startswith(b"data: ")
@@ -438,7 +438,7 @@ def test_limits(slow: Slow) -> None:
     slow.pause = 0.05
     with serving(create_app(slow, "tiny", limits=limits)) as url, client_of(url) as client:
         assert post(url, prompt="a" * 2000)[0] == 413
-        with socket.create_connection((url.split("/")[2].split(":")[0], int(url.rsplit(":")[-1])), timeout=30) as one:
+        with socket.create_connection((url.split("/")[2].split(":")[0], int(url.rsplit(":")[-1])), timeout=300) as one:
             one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n")
             one.sendall(b"content-length: 50\r\n\r\n{")
             answers: list[tuple[int, Any]] = []
