@@ -69,6 +69,11 @@ def cases() -> dict[str, Callable[[], object]]:
     found["attention_map D=64 bf16 full window"] = lambda: _map(64, torch.bfloat16, 128, causal=False)
     found["append_kv_ D=64 bf16"] = lambda: _append(torch.bfloat16)
     found["advance_"] = _advance
+    found["append_kv_ D=64 bf16 fp8"] = lambda: _append(torch.bfloat16, float8=True)
+    for dtype, D in itertools.product((torch.bfloat16, torch.float32), (64, 80, 128, 256)):
+        for name, H, queries in (("decode", 4, 1), ("decode grouped", 12, 1), ("prefill", 4, 7)):
+            call = functools.partial(_paged, D, dtype, queries, H=H, float8=True)
+            found[f"paged {name} D={D} {SHORT[dtype]} fp8"] = call
     for dtype, V in itertools.product((torch.bfloat16, torch.float32), (1000, 50257)):
         found[f"cross_entropy V={V} {SHORT[dtype]}"] = lambda V=V, dtype=dtype: _cross_entropy(V, dtype)
     found["linear_cross_entropy V=50257 bf16"] = _linear_cross_entropy
@@ -123,11 +128,14 @@ def _paged(
     num_blocks: int = 64,
     max_blocks: int = 32,
     window: int | None = None,
+    float8: bool = False,
 ) -> Tensor:
-    cache = torch.empty(num_blocks, 4, 16, D, dtype=dtype).transpose(1, 2)
+    cache = torch.empty(num_blocks, 4, 16, D, dtype=torch.float8_e4m3fn if float8 else dtype).transpose(1, 2)
+    scale = torch.ones(4) if float8 else None
     table, lens, cu = (torch.zeros(shape, dtype=torch.int32) for shape in ((S, max_blocks), (S,), (S + 1,)))
     q = torch.empty(max(rows, S), H, D, dtype=dtype)
-    return ops.paged_attention(q, cache, cache, table, lens, cu, max_seqlen, window=window)
+    options = {"window": window, "k_scale": scale, "v_scale": scale}
+    return ops.paged_attention(q, cache, cache, table, lens, cu, max_seqlen, **options)
 
 
 def _map(D: int, dtype: torch.dtype, window: int | None, causal: bool = True, rows: int = 256, Tk: int = 256) -> object:
@@ -135,10 +143,11 @@ def _map(D: int, dtype: torch.dtype, window: int | None, causal: bool = True, ro
     return ops.attention_map(q, k, torch.empty(2, 4, 1024), rows=range(rows), causal=causal, window=window)
 
 
-def _append(dtype: torch.dtype, N: int = 32, num_blocks: int = 64) -> None:
-    cache = torch.empty(num_blocks, 12, 16, 64, dtype=dtype).transpose(1, 2)
-    k = torch.empty(N, 3, 12, 64, dtype=dtype)
-    ops.append_kv_(k[:, 1], k[:, 2], cache, cache.clone(), torch.zeros(N, dtype=torch.int64))
+def _append(dtype: torch.dtype, N: int = 32, num_blocks: int = 64, float8: bool = False) -> None:
+    cache = torch.empty(num_blocks, 12, 16, 64, dtype=torch.float8_e4m3fn if float8 else dtype).transpose(1, 2)
+    k, scale = torch.empty(N, 3, 12, 64, dtype=dtype), torch.ones(12) if float8 else None
+    slots = torch.zeros(N, dtype=torch.int64)
+    ops.append_kv_(k[:, 1], k[:, 2], cache, cache.clone(), slots, k_scale=scale, v_scale=scale)
 
 
 def _advance(S: int = 64, max_blocks: int = 64) -> None:
@@ -294,7 +303,9 @@ HEADER = FORMAT.format(*(field.name for field in dataclasses.fields(Row)))
 
 
 def entries(name: str, sm: int, compile: bool) -> list[Entry]:
-    """The launches of a case."""
+    """The launches of a case; none of a float8 cache on sm_80, where it is refused."""
+    if "fp8" in name and sm < 89:
+        return []
     with torch.no_grad(), _runtime.force("triton"), offline(sm, compile=compile) as log:
         cases()[name]()
     return log

@@ -35,6 +35,64 @@ def test_writes_the_slots_and_nothing_else(path: torch.device, size: int, dtype:
         assert (flat[others.to(path)] == 7.0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float8(path: torch.device, dtype: torch.dtype) -> None:
+    """x / scale rounds to the nearest float8, to even where two are as near; at +-448 it ends; NaN stays NaN."""
+    scale = torch.tensor([1.0, 0.125, 3.0], device=path)
+    edges = [
+        0.0,
+        448.0,
+        449.0,
+        1e4,
+        -1e4,
+        torch.inf,
+        torch.nan,
+        2.0**-9,
+        2.0**-10,
+        3 * 2.0**-11,
+        17.0,
+        19.0,
+        18.0,
+        -21.0,
+    ]
+    k = torch.tensor(edges, device=path).to(dtype).expand(2, 3, -1)
+    v = 3 * torch.randn(2, 3, len(edges), device=path).to(dtype)
+    k_cache, v_cache = (torch.zeros(2, 4, 3, len(edges), device=path).to(torch.float8_e4m3fn) for _ in range(2))
+    ops.append_kv_(k, v, k_cache, v_cache, torch.tensor([6, -1], device=path), k_scale=scale, v_scale=scale)
+    assert k_cache[1, 2, 0].float().tolist()[:6] == [0, 448, 448, 448, -448, 448]
+    assert k_cache[1, 2, 0, 6].isnan() and k_cache[1, 2, 0, 10:].float().tolist() == [16, 20, 18, -20]
+    assert k_cache[1, 2, 0, 7:10].float().tolist() == [2.0**-9, 0, 2.0**-9], "subnormal: 1/2 goes to even, 3/4 up"
+    numbers = torch.arange(-128, 128, device=path).to(torch.uint8).view(torch.float8_e4m3fn).double()
+    numbers = numbers[numbers.isfinite()]
+    exact = (v[0].double() / scale.double()[:, None])[..., None]
+    nearest = (numbers - exact).abs().amin(-1)
+    assert torch.equal(
+        (v_cache[1, 2].double() - exact[..., 0]).abs() <= nearest * (1 + 1e-6),
+        torch.ones_like(nearest, dtype=torch.bool),
+    )
+    assert k_cache.float().nan_to_num().count_nonzero() == k_cache[1, 2].float().nan_to_num().count_nonzero()
+
+
+def test_a_block_beyond_two_to_the_31_elements(path: torch.device) -> None:
+    """Blocks of a pool of 139 GiB; the memory between is not touched."""
+    if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    stride = 2**31 + 16
+    caches = [
+        torch.empty(2 * stride + 8 * 16, dtype=torch.float16, device=path).as_strided(
+            (3, 8, 1, 16), (stride, 16, 16, 1)
+        )
+        for _ in range(2)
+    ]
+    k, v = torch.randn(2, 3, 1, 16, device=path).to(torch.float16)
+    for cache in caches:
+        cache.zero_()
+    ops.append_kv_(k, v, *caches, torch.tensor([3, 15, 16], device=path))
+    for cache, rows in zip(caches, (k, v)):
+        assert torch.equal(torch.stack([cache[0, 3], cache[1, 7], cache[2, 0]]), rows)
+        assert cache.count_nonzero() == rows.count_nonzero()
+
+
 def test_no_tokens(path: torch.device) -> None:
     cache = empty_cache(path, torch.float32, 2, 4, 1, 16)
     ops.append_kv_(cache[:0, 0], cache[:0, 0], cache, cache, torch.empty(0, dtype=torch.int64, device=path))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from gpt2_kernels import _runtime, paged
+from gpt2_kernels import _native, _runtime, paged
 
 Text = tuple[Tensor, Tensor]  # keys and values of a sequence, (context, Hkv, D) each
 
@@ -275,6 +275,133 @@ def test_decode_in_a_cuda_graph() -> None:
             out.fill_(torch.nan)
             graph.replay()
             assert torch.equal(out, ops.paged_attention(*batch))
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def with_float8(batch: Batch, device: torch.device) -> tuple[Batch, dict[str, Tensor], Batch]:
+    """The batch with its caches in float8, the scales, and the batch over what they stand for, in float64.
+
+    A scale maps the largest number of a head to 400, as one would choose it.
+    """
+    caches, values, scales = [], [], {}
+    for name, cache in (("k_scale", batch.k_cache), ("v_scale", batch.v_cache)):
+        scale = (cache.double().nan_to_num().abs().amax(dim=(0, 1, 3)) / 400).float().contiguous()
+        quantised = (cache.float() / scale[:, None]).to(FLOAT8)
+        bits = quantised.view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2)  # as the engine keeps them
+        caches.append(bits.view(FLOAT8))
+        values.append(quantised.double() * scale[:, None].double())
+        scales[name] = scale
+    return (
+        batch._replace(k_cache=caches[0], v_cache=caches[1]),
+        scales,
+        batch._replace(k_cache=values[0], v_cache=values[1]),
+    )
+
+
+def gathered(batch: Batch) -> list[Text]:
+    """Keys and values of each sequence, side by side, from the caches."""
+    texts = []
+    for row, length in zip(batch.block_table, batch.context_lens.tolist()):
+        blocks = row[: -(-length // batch.k_cache.shape[1])].long()
+        k, v = (cache[blocks].flatten(0, 1)[:length] for cache in (batch.k_cache, batch.v_cache))
+        texts.append((k, v))
+    return texts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [[1, 1, 1], [300, 20, 1]], ids=["decode", "prefill"])
+@pytest.mark.parametrize(("Hkv", "D"), [(4, 33), (2, 64)], ids=str)
+def test_a_float8_cache(path: torch.device, Hkv: int, D: int, queries: list[int], dtype: torch.dtype) -> None:
+    """Against float64 over the very numbers that the cache holds: nothing is lost beyond its own rounding."""
+    batch, _ = make_batch(path, dtype, [300, 40, 7], queries, H=4, Hkv=Hkv, D=D)
+    batch, scales, exact = with_float8(batch, path)
+    out = ops.paged_attention(*batch, window=290, **scales)
+    cu, texts = batch.cu_seqlens_q.tolist(), gathered(exact)
+    assert_accurate(out, dense(batch.q, texts, cu, 290), dense(batch.q.double(), texts, cu, 290))
+
+
+def test_the_error_of_a_float8_cache_is_that_of_its_rounding(path: torch.device) -> None:
+    """Against float64 over the unrounded keys and values.
+
+    A number x becomes x (1 + e), |e| <= 2^-4 (three bits of mantissa, rounded), or moves by at most 2^-10 of its scale
+    where float8 has no exponent left. A score q.k / sqrt(D) so moves by at most s = sum |q k| 2^-4 / sqrt(D) (and
+    that little), each weight by a factor within exp(2 s), and a sum of weighted values by what both do to it.
+    """
+    D = 64
+    batch, texts = make_batch(path, torch.float32, [300, 257, 20], [1, 1, 1], D=D)
+    batch = batch._replace(q=batch.q / 8)  # scores of the size that a trained model has
+    batch8, scales, _ = with_float8(batch, path)
+    out = ops.paged_attention(*batch8, **scales).double()
+    for s, (k, v) in enumerate(texts):
+        q, k, v = batch.q[s].double(), k.double(), v.double()  # (H, D), (context, H, D)
+        step = {name: scale.double()[None, :, None] * 2.0**-10 for name, scale in scales.items()}
+        moved = torch.einsum("hd,jhd->hj", q.abs(), k.abs() * 2.0**-4 + step["k_scale"]) * D**-0.5
+        weights = (torch.einsum("hd,jhd->hj", q, k) * D**-0.5).softmax(-1)
+        truth = torch.einsum("hj,jhd->hd", weights, v)
+        grown = weights * (torch.exp(2 * moved.amax(-1, keepdim=True)) - 1)
+        bound = torch.einsum("hj,jhd->hd", weights + grown, v.abs() * 2.0**-4 + step["v_scale"])
+        bound += torch.einsum("hj,jhd->hd", grown, v.abs())
+        error = (out[s] - truth).abs()
+        assert (error <= bound + 1e-6).all(), (error / bound).max()
+        assert error.mean() < 0.02 * truth.abs().amax(), "and on average far below: roundings cancel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k_scale": None}, r"k_scale must be given for a torch.float8_e4m3fn cache, float32 \(Hkv,\), got None"),
+        ({"v_scale": None}, r"v_scale must be given for a torch.float8_e4m3fn cache"),
+        ({"v_scale": torch.ones(3)}, r"v_scale must be \(Hkv,\) = \(2,\), got \(3,\)"),
+        ({"k_scale": torch.ones(2).double()}, r"k_scale must be torch.float32, got torch.float64"),
+        ({"v_cache": torch.zeros(3, 8, 2, 16)}, r"v_cache must have the dtype of k_cache \(torch.float8_e4m3fn\)"),
+        ({"k_cache": torch.zeros(3, 8, 2, 16)}, r"v_cache must have the dtype of q \(torch.float32\)"),
+        (
+            {"k_cache": torch.zeros(3, 8, 2, 16), "v_cache": torch.zeros(3, 8, 2, 16)},
+            r"k_scale must be None for a cache that is not torch.float8_e4m3fn, got one for torch.float32",
+        ),
+        ({"k_cache": torch.zeros(3, 8, 2, 16).to(torch.float8_e5m2)}, r"k_cache must have the dtype of q"),
+    ],
+)
+def test_scales_belong_to_float8_caches(changes: dict, message: str) -> None:
+    cache = torch.zeros(3, 8, 2, 16).to(FLOAT8)
+    arguments = {"k_cache": cache, "v_cache": cache, "k_scale": torch.ones(2), "v_scale": torch.ones(2)} | changes
+    table, lens, cu = (torch.tensor(v, dtype=torch.int32) for v in ([[0]], [4], [0, 1]))
+    rest = {"block_table": table, "context_lens": lens, "cu_seqlens_q": cu, "max_seqlen_q": 1}
+    with pytest.raises(ValueError, match=f"paged_attention: {message}"):
+        ops.paged_attention(torch.zeros(1, 2, 16), **arguments, **rest)
+    new = torch.zeros(1, 2, 16)
+    with pytest.raises(ValueError, match=f"append_kv_: {message.replace('of q', 'of k')}"):
+        ops.append_kv_(new, new, slots=torch.tensor([0]), **arguments)
+
+
+def test_an_old_gpu_has_no_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available() or not ops.path_of("append_kv_", "cpu").startswith("Triton"):
+        pytest.skip("asks the kernels' path for another GPU than there is")
+    monkeypatch.setattr(_runtime, "architecture", lambda device: 80)
+    cache, new, one = torch.zeros(3, 8, 2, 16).to(FLOAT8), torch.zeros(1, 2, 16), torch.ones(2)
+    message = "a torch.float8_e4m3fn cache needs a GPU of compute capability 8.9 or later, got 8.0"
+    with pytest.raises(ValueError, match=f"append_kv_: {message}"):
+        ops.append_kv_(new, new, cache, cache, torch.tensor([0]), k_scale=one, v_scale=one)
+    table, lens, cu = (torch.tensor(v, dtype=torch.int32) for v in ([[0]], [4], [0, 1]))
+    with pytest.raises(ValueError, match=f"paged_attention: {message}"):
+        ops.paged_attention(new, cache, cache, table, lens, cu, 1, k_scale=one, v_scale=one)
+
+
+def test_the_path_of_a_float8_cache_is_said() -> None:
+    with _runtime.force("torch" if not _native.load() else "native"):
+        found = ops.path_of("paged_attention", "cpu", FLOAT8)
+        assert found == "PyTorch (the compiled operators know no float8_e4m3fn)"
+        assert ops.path_of("append_kv_", "cpu") == ops.path_of("append_kv_", "cpu", torch.bfloat16)
+
+
+def test_opcheck_of_a_float8_cache(path: torch.device) -> None:
+    """Shapes alone: PyTorch's other checks multiply arguments, and know no float8."""
+    batch, _ = make_batch(path, torch.float32, [20, 9], [1, 1], D=16)
+    batch, scales, _ = with_float8(batch, path)
+    arguments = (*batch, 0.25, 0, *scales.values())
+    opcheck(torch.ops.gpt2_kernels.paged_attention.default, arguments, test_utils="test_faketensor")
 
 
 def test_opcheck(path: torch.device) -> None:

@@ -13,6 +13,7 @@ from gpt2_kernels import _runtime
 
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = torch.float8_e4m3fn  # of caches alone
 MAX_WINDOW = 2**30  # a wider one is no narrower, and a position plus it would not fit in the 32 bits of kernels
 
 
@@ -31,6 +32,45 @@ def same_kind(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> N
             fail(op, f"{name} must have the dtype of {first} ({tensor.dtype})", other.dtype)
         if other.device != tensor.device:
             fail(op, f"{name} must be on the device of {first} ({tensor.device})", other.device)
+
+
+def cache(
+    op: str,
+    first: str,
+    tensor: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Caches have the dtype of `tensor`; or are float8_e4m3fn, and then, and only then, there are scales (Hkv,)."""
+    same_kind(op, first, tensor)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    if k_cache.dtype != FLOAT8:
+        same_kind(op, first, tensor, k_cache=k_cache, v_cache=v_cache)
+        for name, scale in scales.items():
+            if scale is not None:
+                fail(op, f"{name} must be None for a cache that is not {FLOAT8}", f"one for {k_cache.dtype}")
+        return
+    if v_cache.dtype != FLOAT8:
+        fail(op, f"v_cache must have the dtype of k_cache ({FLOAT8})", v_cache.dtype)
+    for name, other in {"k_cache": k_cache, "v_cache": v_cache, **scales}.items():
+        if other is None:
+            fail(op, f"{name} must be given for a {FLOAT8} cache, float32 (Hkv,)", None)
+        if other.device != tensor.device:
+            fail(op, f"{name} must be on the device of {first} ({tensor.device})", other.device)
+    for name, scale in scales.items():
+        assert scale is not None
+        if scale.dtype != torch.float32:
+            fail(op, f"{name} must be torch.float32", scale.dtype)
+        shape(op, name, scale, (k_cache.shape[2],), "(Hkv,)")
+
+
+def float8_gpu(op: str, k_cache: Tensor) -> None:
+    """Triton compiles float8_e4m3fn for GPUs that convert it in hardware."""
+    if k_cache.dtype == FLOAT8 and _runtime.architecture(k_cache.device) < 89:
+        capability = "{}.{}".format(*divmod(_runtime.architecture(k_cache.device), 10))
+        fail(op, f"a {FLOAT8} cache needs a GPU of compute capability 8.9 or later", capability)
 
 
 def rank(op: str, name: str, tensor: Tensor, dims: str) -> None:

@@ -28,6 +28,9 @@ from gpt2_kernels._runtime import launch, tl, triton
 # sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a GPU. The first table is for heads that
 # have keys of their own, and its BLOCK_N is what registers hold.
 ONE_HEAD = {
+    (0, 1, 64): (256, 256, 4, 1),
+    (0, 1, 128): (256, 128, 4, 1),
+    (0, 1, 256): (256, 64, 4, 1),
     (0, 2, 64): (256, 256, 8, 1),
     (0, 2, 128): (256, 64, 4, 1),
     (0, 2, 256): (256, 32, 4, 1),
@@ -40,6 +43,13 @@ SHARED_KEYS = {
     (0, 2, 256): (256, 32, 8, 2),
     (0, 4, 64): (256, 32, 8, 2),
     (0, 4, 256): (256, 16, 8, 2),
+}
+# Of a float8 cache, by the type of the queries: tiles come through registers, where they are converted, unpipelined.
+SHARED_FLOAT8_KEYS = {
+    (0, 2, 128): (256, 64, 8, 1),
+    (0, 2, 256): (256, 32, 8, 1),
+    (0, 4, 64): (256, 32, 8, 1),
+    (0, 4, 256): (256, 16, 8, 1),
 }
 MAX_HEADS = 16  # that share keys and that one program serves: rows of a tensor-core tile
 COMBINED = 2048  # numbers of scratch that a combining program reads at a time
@@ -57,6 +67,8 @@ def paged_decode_kernel(
     table_ptr,  # (S, max_blocks) int32
     context_lens_ptr,  # (S,) int32
     cu_seqlens_ptr,  # (S + 1,) int32
+    k_scale_ptr,  # (Hkv,) float32 for float8 caches, else None
+    v_scale_ptr,  # (Hkv,)
     parts_ptr,  # (S, H, splits, PART): D sums of p v, the maximum, the sum of p
     tickets_ptr,  # (S, groups) int32, zeros
     out_ptr,  # (Nq, H, D), contiguous
@@ -120,6 +132,8 @@ def paged_decode_kernel(
     part = split - first
     if (queries > 0) & (part >= 0) & (part < parts):
         row64 = row.to(tl.int64)
+        if k_scale_ptr is not None:
+            scale_log2 = scale_log2 * tl.load(k_scale_ptr + kv_head)
         q_row = q_ptr + row64 * stride_qn
         if HEADS == 1:
             m = -float("inf")
@@ -159,6 +173,7 @@ def paged_decode_kernel(
                 l = l * rescale + tl.sum(p, 0)
                 acc = acc * rescale + tl.sum(p[:, None] * v.to(tl.float32), 0)
             else:
+                k, v = k.to(q.dtype), v.to(q.dtype)
                 s = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2  # (HEADS, BLOCK_N)
                 s = tl.where(there[None, :], s, -float("inf"))
                 m_new = tl.maximum(m, tl.max(s, 1))
@@ -171,6 +186,8 @@ def paged_decode_kernel(
             m = tl.zeros([1], tl.float32) + m
             l = tl.zeros([1], tl.float32) + l
             acc = acc[None, :]
+        if v_scale_ptr is not None:
+            acc = acc * tl.load(v_scale_ptr + kv_head)
 
         out_at += row64 * H * D
         if parts == 1:
@@ -231,6 +248,8 @@ def decode(
     cu_seqlens_q: Tensor,
     scale_log2: float,
     window: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     out: Tensor,
     all_rows: int,
 ) -> None:
@@ -238,7 +257,11 @@ def decode(
     (H, D), (num_blocks, block_size, Hkv) = q.shape[1:], k_cache.shape[:3]
     S, max_blocks = block_table.shape
     heads = 1 if H == Hkv else MAX_HEADS
-    split, block_n, warps, stages = _check.tile_for(ONE_HEAD if heads == 1 else SHARED_KEYS, q)
+    if heads == 1:
+        row = _check.tile_for(ONE_HEAD, k_cache)  # registers hold what the cache has
+    else:
+        row = _check.tile_for(SHARED_KEYS if k_cache.dtype == q.dtype else SHARED_FLOAT8_KEYS, q)
+    split, block_n, warps, stages = row
     groups = Hkv * _check.cdiv(H // Hkv, heads)
     block_d = max(16, _check.power_of_2(D))
     splits = max(1, _check.cdiv(max_blocks * block_size, split))  # the host's bound: no look at context_lens
@@ -253,6 +276,8 @@ def decode(
         block_table,
         context_lens,
         cu_seqlens_q,
+        k_scale,
+        v_scale,
         parts,
         _runtime.tickets(S * groups, q.device),
         out,

@@ -47,6 +47,7 @@ except ImportError:  # Triton is published for Linux alone; everywhere else its 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of the compiled operators for CPUs
 OPS: dict[str, str] = {}  # operator -> what computes it on a CPU ("native", "torch"), or everywhere ("torch only")
 library = torch.library.Library("gpt2_kernels", "DEF")
 
@@ -142,15 +143,18 @@ def triton_on_cpu() -> bool:
 
 def native(tensor: torch.Tensor) -> bool:
     """Whether an operation on `tensor` goes to the compiled extension; builds it at the first question."""
-    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16) or _forced == "torch":
+    if tensor.device.type != "cpu" or tensor.dtype not in NATIVE_DTYPES or _forced == "torch":
         return False
     if _forced == "native" and not _native.load():
         raise RuntimeError(f"the compiled operators were asked for: {_native.status()}")
     return _native.load()
 
 
-def path_of(op: str, device: str) -> str:
-    """What computes `op` on tensors of `device` ("cpu" or "cuda"), and why where it is not the best there is."""
+def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """What computes `op` on tensors of `device` ("cpu" or "cuda"), and why where it is not the best there is.
+
+    `dtype` is that of the tensors; of the cache, for operators that have one.
+    """
     if op not in OPS:
         raise ValueError(f"path_of: op must be one of {sorted(OPS)}, got {op!r}")
     if OPS[op] == "torch only":
@@ -161,7 +165,9 @@ def path_of(op: str, device: str) -> str:
         return "Triton kernel, interpreted"
     if OPS[op] == "torch":
         return "PyTorch"
-    return "compiled C++" if native(torch.empty(0)) else f"PyTorch ({_native.status()})"
+    if dtype not in NATIVE_DTYPES:
+        return f"PyTorch (the compiled operators know no {str(dtype).removeprefix('torch.')})"
+    return "compiled C++" if native(torch.empty(0, dtype=dtype)) else f"PyTorch ({_native.status()})"
 
 
 def distinct(*args: Any) -> tuple[Any, ...]:
@@ -304,11 +310,12 @@ def register(
                     return cpu_impl(*args)
             return cpu_impl(*args)
         if interpreting() and not interpreter_has_bfloat16:
-            if any(isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in args):
-                raise ValueError(
-                    f"{name}: dtype must be float32 or float16 in Triton's interpreter, which computes bfloat16 "
-                    f"wrongly, got torch.bfloat16"
-                )
+            for a in args:
+                if isinstance(a, torch.Tensor) and a.dtype in (torch.bfloat16, torch.float8_e4m3fn):
+                    raise ValueError(
+                        f"{name}: dtype must be float32 or float16 in Triton's interpreter, which computes bfloat16 "
+                        f"and float8 wrongly, got {a.dtype}"
+                    )
         return triton_impl(*args)
 
     implementation = triton_impl if HAS_TRITON else cpu_impl

@@ -30,6 +30,14 @@ PREFILL = {
     (0, 4, 128): (32, 16, 4, 2),
     (0, 4, 256): (16, 16, 8, 2),
 }
+# Of a float8 cache: tiles come through registers, where they are converted, and no pipeline.
+FLOAT8_PREFILL = {
+    (0, 2, 64): (64, 64, 4, 1),
+    (0, 2, 256): (32, 32, 4, 1),
+    (0, 4, 64): (32, 32, 8, 1),
+    (0, 4, 128): (16, 16, 4, 1),
+    (0, 4, 256): (16, 16, 8, 1),
+}
 
 MAX_SEQUENCES = 65535  # of one launch: what the second axis of a grid holds
 
@@ -46,6 +54,8 @@ def paged_attention_kernel(
     table_ptr,  # (S, max_blocks) int32
     context_lens_ptr,  # (S,) int32
     cu_seqlens_ptr,  # (S + 1,) int32
+    k_scale_ptr,  # (Hkv,) float32 for float8 caches, else None
+    v_scale_ptr,  # (Hkv,)
     out_ptr,  # (Nq, H, D), contiguous
     stride_qn,
     stride_qh,
@@ -83,6 +93,8 @@ def paged_attention_kernel(
     tl.device_assert(queries <= tl.num_programs(2) * BLOCK_M, "paged_attention: more queries than max_seqlen_q")
     if tile * BLOCK_M < queries:
         kv_head = h // queries_per_kv
+        if k_scale_ptr is not None:
+            scale_log2 = scale_log2 * tl.load(k_scale_ptr + kv_head)
         t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         i = t + (context - queries)  # position of each query
         d = tl.arange(0, BLOCK_D)
@@ -111,6 +123,7 @@ def paged_attention_kernel(
             v_at = block * stride_vb + offset * stride_vt + kv_head * stride_vh
             k = tl.load(k_cache_ptr + k_at[:, None] + d[None, :], mask=inside, other=0.0)
             v = tl.load(v_cache_ptr + v_at[:, None] + d[None, :], mask=inside, other=0.0)
+            k, v = k.to(q.dtype), v.to(q.dtype)  # float8 fits into each of them
             s = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             keep = there[None, :] & (j[None, :] <= i[:, None])
             if WINDOW:
@@ -124,6 +137,8 @@ def paged_attention_kernel(
             l = l * rescale + tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
             m = m_new
+        if v_scale_ptr is not None:
+            acc = acc * tl.load(v_scale_ptr + kv_head)
         out = acc / tl.where(l > 0.0, l, 1.0)[:, None]  # a query with no key gives 0
         tl.store(out_ptr + (rows[:, None] * H + h) * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=q_inside)
 
@@ -138,11 +153,14 @@ def _prefill(
     max_seqlen_q: int,
     scale_log2: float,
     window: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     out: Tensor,
 ) -> None:
     """Launches the kernel: rows of q with keys in out."""
     H, D = q.shape[1:]
-    block_m, block_n, warps, stages = _check.tile_for(PREFILL, q)
+    table = PREFILL if k_cache.dtype == q.dtype else FLOAT8_PREFILL
+    block_m, block_n, warps, stages = _check.tile_for(table, q)
     launch(
         paged_attention_kernel,
         (H, context_lens.shape[0], _check.cdiv(max_seqlen_q, block_m)),
@@ -152,6 +170,8 @@ def _prefill(
         block_table,
         context_lens,
         cu_seqlens_q,
+        k_scale,
+        v_scale,
         out,
         *q.stride()[:2],
         *k_cache.stride()[:3],
@@ -185,23 +205,30 @@ def _paged_triton(
     max_seqlen_q: int,
     scale: float,
     window: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
+    _check.float8_gpu("paged_attention", k_cache)
     q, block_table = _check.unit_last_stride(q), _check.unit_last_stride(block_table)
+    k_scale, v_scale = (None if scale is None else scale.contiguous() for scale in (k_scale, v_scale))
     context_lens, cu_seqlens_q = context_lens.contiguous(), cu_seqlens_q.contiguous()
     if max_seqlen_q == 1 and q.numel() and context_lens.numel():
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # the kernel writes all of it
     else:
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # rows past the last sequence stay 0
-    if out.numel() and max_seqlen_q:
-        sequences = context_lens.shape[0]
-        for first in range(0, sequences, MAX_SEQUENCES):  # they have nothing to do with each other
-            last = min(first + MAX_SEQUENCES, sequences)
-            indices = block_table[first:last], context_lens[first:last], cu_seqlens_q[first : last + 1]
-            if max_seqlen_q == 1:
-                rows = q.shape[0] if last == sequences else 0
-                _paged_decode.decode(q, k_cache, v_cache, *indices, scale * LOG2_E, window, out, rows)
-            else:
-                _prefill(q, k_cache, v_cache, *indices, max_seqlen_q, scale * LOG2_E, window, out)
+    if out.numel() == 0 or max_seqlen_q == 0:
+        return out
+    sequences, scale_log2 = context_lens.shape[0], scale * LOG2_E
+    for first in range(0, sequences, MAX_SEQUENCES):  # they have nothing to do with each other
+        last = first + MAX_SEQUENCES
+        table, lens, cu = block_table, context_lens, cu_seqlens_q
+        if sequences > MAX_SEQUENCES:  # slices cost the host a microsecond each
+            table, lens, cu = table[first:last], lens[first:last], cu[first : last + 1]
+        if max_seqlen_q == 1:
+            rows = q.shape[0] if last >= sequences else 0
+            _paged_decode.decode(q, k_cache, v_cache, table, lens, cu, scale_log2, window, k_scale, v_scale, out, rows)
+        else:
+            _prefill(q, k_cache, v_cache, table, lens, cu, max_seqlen_q, scale_log2, window, k_scale, v_scale, out)
     return out
 
 
@@ -215,15 +242,26 @@ def _paged_cpu(
     max_seqlen_q: int,
     scale: float,
     window: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    if _runtime.native(q):
+    if _runtime.native(k_cache):
         q = _check.unit_last_stride(q)
         return _native.ops().paged_attention(
             q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, window
         )
     _check_indices(k_cache, block_table, context_lens, cu_seqlens_q, q.shape[0])
     return reference.paged_attention(
-        q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale=scale, window=window
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        context_lens,
+        cu_seqlens_q,
+        scale=scale,
+        window=window,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -251,13 +289,16 @@ def _fake(
     max_seqlen_q: int,
     scale: float,
     window: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
 
 register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens,"
-    " Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, int window) -> Tensor",
+    " Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, int window, Tensor? k_scale=None,"
+    " Tensor? v_scale=None) -> Tensor",
     triton_impl=_paged_triton,
     cpu_impl=_paged_cpu,
     fake=_fake,
@@ -276,13 +317,16 @@ def paged_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over a paged cache: q (Nq, H, D) -> (Nq, H, D).
 
     k_cache, v_cache (num_blocks, block_size, Hkv, D), any strides with a dense last axis; block_table (S, max_blocks)
     int32; context_lens (S,) int32, the queries included; cu_seqlens_q (S + 1,) int32, first row of each sequence;
     max_seqlen_q at least the most queries of any sequence, where 1 means decode: decode and prefill have a tile each.
-    The queries are the last positions of their sequence.
+    The queries are the last positions of their sequence. The caches have the dtype of q, or are float8_e4m3fn and stand
+    for what they hold times k_scale and v_scale, both (Hkv,) float32; on a GPU that needs compute capability 8.9.
     window w keeps the nearest w keys of a query, itself included. A query with no key gives 0. No gradient.
     Raises ValueError on a shape, dtype, device or option that does not fit; an index outside the cache is an error on
     the CPU and a device assertion under TRITON_DEBUG=1 on a GPU. Source: Kwon et al., 2023, arXiv:2309.06180.
@@ -290,7 +334,7 @@ def paged_attention(
     op = "paged_attention"
     _check.rank(op, "q", q, "(Nq, H, D)")
     _check.rank(op, "k_cache", k_cache, "(num_blocks, block_size, Hkv, D)")
-    _check.same_kind(op, "q", q, k_cache=k_cache, v_cache=v_cache)
+    _check.cache(op, "q", q, k_cache, v_cache, k_scale, v_scale)
     _check.shape(op, "k_cache", k_cache, (*k_cache.shape[:3], q.shape[2]), "(num_blocks, block_size, Hkv, D)")
     _check.shape(op, "v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
     _check.heads(op, q.shape[1], k_cache.shape[2], q.shape[2])
@@ -308,5 +352,5 @@ def paged_attention(
     scale, window = _check.attention_options(op, q.shape[2], scale, window)
     _check.no_gradient(op, q=q, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.gpt2_kernels.paged_attention(
-        q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, max_seqlen_q, scale, window
+        q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, max_seqlen_q, scale, window, k_scale, v_scale
     )

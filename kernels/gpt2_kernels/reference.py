@@ -169,12 +169,35 @@ def attention_map(
 scaled_dot_product_attention = F.scaled_dot_product_attention  # the specification is torch's own function
 
 
-def append_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write token n's keys and values into slot slots[n] = block * block_size + offset; -1 writes nothing."""
+LARGEST_FLOAT8 = 448.0  # that float8_e4m3fn has
+
+
+def to_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """x (N, Hkv, D) / scale (Hkv,) as float8_e4m3fn: what is larger becomes +-448, the rest rounds to nearest even."""
+    return (x.float() / scale[:, None]).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
+
+
+def append_kv_(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Write token n's keys and values into slot slots[n] = block * block_size + offset; -1 writes nothing.
+
+    With scales (Hkv,) the caches are float8_e4m3fn.
+    """
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
-    k_cache[block, offset] = k[kept]
-    v_cache[block, offset] = v[kept]
+    for cache, x, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+        if scale is None:
+            cache[block, offset] = x[kept]
+        else:  # as bytes, since PyTorch copies no float8 by index
+            cache.view(torch.uint8)[block, offset] = to_float8(x[kept], scale).view(torch.uint8)
 
 
 def paged_attention(
@@ -187,13 +210,25 @@ def paged_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of each sequence's last queries over its keys, gathered block by block."""
+    """Causal attention of each sequence's last queries over its keys, gathered block by block.
+
+    With scales (Hkv,) the caches are float8_e4m3fn, and stand for what they hold times the scale of its head.
+    """
+
+    def gathered(cache: Tensor, blocks: Tensor, scale: Tensor | None) -> Tensor:
+        if scale is None:
+            return cache[blocks]
+        return cache.view(torch.uint8)[blocks].view(torch.float8_e4m3fn).float() * scale[:, None]
+
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for s, (first, last) in enumerate(zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:])):
         length = int(context_lens[s])
         blocks = block_table[s, : -(-length // k_cache.shape[1])].long()
-        k, v = (cache[blocks].flatten(0, 1)[:length].to(q.dtype) for cache in (k_cache, v_cache))
+        k, v = gathered(k_cache, blocks, k_scale), gathered(v_cache, blocks, v_scale)
+        k, v = k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]
         if last > first and length:
             out[first:last] = attention(q[None, first:last], k[None], v[None], scale=scale, window=window)[0][0]
     return out
