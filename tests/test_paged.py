@@ -240,6 +240,8 @@ def test_a_stream_keeps_its_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_runtime, "_tickets", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+    segments: list[dict] = []
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     device = torch.device("cuda", 0)
     captured = _runtime.tickets(10, device)
     assert captured is not _runtime.tickets(10, device), "what a capture allocates is the graph's own"
@@ -251,6 +253,10 @@ def test_a_stream_keeps_its_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
     larger = _runtime.tickets(2 * len(kept), device)
     assert larger is not kept and len(larger) >= 2 * len(kept)
     assert kept is _runtime.tickets(10, device), "a graph may hold its address"
+    stream[0] = 9
+    segments.append({"segment_pool_id": (0, 3), "address": 0, "total_size": 2**64})  # torch.compile's, in its warm-up
+    assert _runtime.tickets(10, device) is not _runtime.tickets(10, device)
+    segments[0]["segment_pool_id"] = (0, 0)
     stream[0] = 8
     assert kept is not _runtime.tickets(10, device)
 

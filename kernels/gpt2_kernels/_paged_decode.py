@@ -12,6 +12,8 @@ and values go from memory into registers, 16 bytes a load, and are multiplied th
 a warp a key, where the memory's pace leaves time for 50. Nothing depends on a load of the same split but the lookup in
 the table, so that a program has all its 64 KiB in flight at once; memory of 4.3 TB/s and 0.8 us of latency need 26 KiB
 a multiprocessor, and two programs are resident on each.
+A float8 cache halves the bytes: four programs of 32 KiB keep as much in flight. Its scales cost nothing a key: that of
+the keys is part of the score's scale, that of the values multiplies the sum.
 Where heads share keys (H > Hkv), the arithmetic is that much more for the same bytes: tensor cores, through a pipeline
 of tiles in shared memory.
 """

@@ -118,9 +118,18 @@ def tickets(number: int, device: torch.device) -> torch.Tensor:
     found = _tickets.get(key)
     if found is None:
         found = torch.zeros(size, dtype=torch.int32, device=device)
-        if not torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_current_stream_capturing() and not _in_private_pool(found):
             _tickets[key] = found
     return found
+
+
+def _in_private_pool(tensor: torch.Tensor) -> bool:
+    """Whether its memory belongs to a graph, which gives it back with its other memory, or to torch.compile's."""
+    address = tensor.data_ptr()
+    return any(
+        segment["segment_pool_id"] != (0, 0) and 0 <= address - segment["address"] < segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+    )
 
 
 @contextlib.contextmanager
