@@ -284,7 +284,9 @@ class Decoder:
                 self._step(n, penalties, top)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=stream
+            ):  # where paged_attention has its tickets by now
                 self._step(n, penalties, top)
             self._rows.contexts.copy_(contexts)
             self._graphs[key] = graph
