@@ -62,7 +62,7 @@ def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str
             text += chunk
             if begins and text.startswith(f"{END_OF_TEXT}\n"):
                 text, searched = text[len(END_OF_TEXT) + 1 :], 0
-            while (end := text.find(_SEPARATOR, max(0, searched - len(_SEPARATOR)))) >= 0:
+            while (end := text.find(_SEPARATOR, searched)) >= 0:
                 if end:
                     yield begins, text[:end]
                 text, begins, searched = text[end + len(_SEPARATOR) :], True, 0
@@ -71,14 +71,14 @@ def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str
             if not chunk:
                 break
             # What might yet turn out to be a separator stays, and so does all of a text without a place to cut.
-            places = _BETWEEN_WORDS.finditer(text, max(0, searched - 2), max(0, len(text) - len(_SEPARATOR)))
+            end = max(0, len(text) - len(_SEPARATOR))
+            places = _BETWEEN_WORDS.finditer(text, max(0, searched - 2), end)
             last = next(iter(collections.deque(places, maxlen=1)), None)
-            searched = len(text)
+            searched = end
             if last is not None:
                 cut = last.start() + (1 if text[last.start() + 1] == " " else 2)
                 yield begins, text[:cut]
-                begins, searched = False, len(text) - cut
-                text = text[cut:]
+                text, begins, searched = text[cut:], False, end - cut
         text = text.removesuffix(f"\n{END_OF_TEXT}")
         if text and text != END_OF_TEXT:
             yield begins, text
