@@ -448,7 +448,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 def sample(model: GPT2, tokenizer: tiktoken.Encoding, seed: int) -> str:
     """The beginning of a text, as the model writes it now."""
-    engine = Engine(model, tokenizer, max_batch=1, num_blocks=8)
+    engine = Engine(model, tokenizer, max_batch=1, num_blocks=8, cuda_graphs=False)
     count = min(SAMPLE_TOKENS, model.config.n_positions - 1)
     (completion,) = engine.generate([""], SamplingParams(max_tokens=count, temperature=0.8, seed=seed))
     return completion.outputs[0].text
