@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import torch
 
 from gpt2 import GPT2, Engine, SamplingParams, load_tokenizer
 
@@ -141,7 +142,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
     options = parser.parse_args()
-    engine = Engine(GPT2.from_pretrained(options.model, device="cpu"), load_tokenizer(options.model))
+    model = GPT2.from_pretrained(options.model, device="cpu", dtype=torch.float32)  # as the server on a CPU
+    engine = Engine(model, load_tokenizer(options.model))
     prompts = [
         "Once upon a time",
         "The fox said",

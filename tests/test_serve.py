@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import os
 import random
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import random_checkpoint, tiny_config
+from conftest import ROOT
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -37,6 +40,7 @@ from gpt2 import (  # noqa: E402
 )
 from gpt2.explorer import api  # noqa: E402
 from gpt2.explorer.server import Limits, create_app  # noqa: E402
+from gpt2.tokenizer import STORYBOOK  # noqa: E402
 
 PROMPTS = ("Once upon", "a", "", "12 \u00e9\u00e9", "the end")
 
@@ -564,3 +568,15 @@ def test_a_key_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="--api-key must be printable ASCII and not empty"):
         explorer._key(f"@{tmp_path / 'key'}")
+
+
+def test_the_benchmark_runs() -> None:
+    pytest.importorskip("pytest_benchmark")
+    if not (STORYBOOK / "model.safetensors").exists():
+        pytest.skip("the shipped model is not in this checkout")
+    command = ["-m", "pytest", "benchmarks/bench_serve.py", "--sizes", "tiny", "-s", "-p", "no:cacheprovider"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    environment = {**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "3 passed" in done.stdout and done.stdout.count("first_byte_ms_worst") == 3, done.stdout + done.stderr
