@@ -26,14 +26,17 @@ class BlockPool:
     - A block is held (at least one reference) or free (none), never both.
     - A published block keeps its contents and its hash while it is held, and after that until it is taken again.
     - A hash names at most one block, and a block has at most one hash.
-    - Free blocks are taken in the order in which they became free, those without a hash first.
+    - Free blocks without a hash are taken first, the last freed before all: little memory is touched while that is
+      enough. Then those with a hash, the first freed before all (LRU).
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._references = [0] * num_blocks
-        self._plain: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # free, contents worthless
+        self._plain: OrderedDict[int, None] = OrderedDict.fromkeys(
+            reversed(range(num_blocks))
+        )  # free, contents worthless
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, contents known by a hash
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
@@ -72,7 +75,7 @@ class BlockPool:
         blocks = []
         for _ in range(count):
             if self._plain:
-                block, _ = self._plain.popitem(last=False)
+                block, _ = self._plain.popitem()
             else:
                 block, _ = self._cached.popitem(last=False)
                 del self._block_of[self._hash_of.pop(block)]
@@ -92,13 +95,6 @@ class BlockPool:
             self._references[block] -= 1
             if self._references[block] == 0:
                 (self._cached if block in self._hash_of else self._plain)[block] = None
-
-    def forget(self) -> None:
-        """Unlearn what every block holds: nothing is found by its hash any more."""
-        self._plain.update(self._cached)
-        self._cached.clear()
-        self._block_of.clear()
-        self._hash_of.clear()
 
     def check(self) -> None:
         """Assert the invariants of the class."""

@@ -63,10 +63,12 @@ class PagedCache:
         kept = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
         return kept.copy_(found, non_blocking=True)
 
-    def restore(self, blocks: list[int], contents: Tensor) -> None:
-        """Fill blocks with what `save` returned."""
+    def restore(self, blocks: list[int], contents: Tensor, first: int) -> None:
+        """Fill blocks with what `save` returned, from index `first` on."""
+        blocks = blocks[first : contents.shape[2]]
         if blocks:
-            self._bytes.index_copy_(2, self._indices(blocks), contents.to(self._bytes.device, non_blocking=True))
+            there = contents.to(self._bytes.device, non_blocking=True)  # whole: only dense memory goes without a wait
+            self._bytes.index_copy_(2, self._indices(blocks), there[:, :, first:])
 
     def _indices(self, values: list) -> Tensor:
         return upload(values, torch.int64, self._bytes.device)

@@ -8,7 +8,8 @@ rows between steps: texts join, leave and get blocks.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 import gpt2_kernels as ops
 from gpt2.cache import PagedCache, upload
 from gpt2.model import GPT2, PagedBatch
-from gpt2.scheduler import Sequence
+from gpt2.sampling import SamplingParams
+from gpt2.scheduler import Sequence as Text
 
 if TYPE_CHECKING:
     from gpt2.request import Sample
@@ -28,7 +30,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes of batch 
 
 @dataclasses.dataclass
 class Rows:
-    """State of R texts; a row whose context is 0 is idle. `Rows.step` works on the first n."""
+    """State of R texts; a row whose context is 0 is idle."""
 
     ints: Tensor  # (7, R) int64: the last token, its position and cache slot; length and token that end the text; ...
     floats: Tensor  # (4, R) float32: sampling parameters
@@ -139,8 +141,8 @@ class Decoder:
     def __init__(self, model: GPT2, cache: PagedCache, *, rows: int, most_steps: int, cuda_graphs: bool) -> None:
         self.model, self.cache = model, cache
         self.device = device = model.device
-        self.sequences: list[Sequence] = []
-        self._row_of: dict[Sequence, int] = {}
+        self.sequences: list[Text] = []
+        self._row_of: dict[Text, int] = {}
         self._samples: list[Sample] = []
         if cuda_graphs:
             rows = bucket(rows)
@@ -157,7 +159,8 @@ class Decoder:
         self._tokens = torch.empty((most_steps, rows), dtype=torch.int64, device=device)
         self._details: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # see `Drawn`; by the number of likeliest tokens
         self._graphs: dict[tuple[int, bool, int], torch.cuda.CUDAGraph] | None = {} if cuda_graphs else None
-        self._pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
+        self._stream: torch.cuda.Stream | None = None  # where graphs are captured
+        self._pool: Any = None  # their memory
 
     # -- the host changes rows
 
@@ -183,7 +186,7 @@ class Decoder:
             self._samples.append(sample)
             self._row_of[sample.sequence] = row
 
-    def keep(self, wanted: list[Sequence]) -> None:
+    def keep(self, wanted: list[Text]) -> None:
         """Drop the rows of all texts but these, and move the last rows into the gaps."""
         if len(wanted) == len(self.sequences):
             return
@@ -206,10 +209,17 @@ class Decoder:
         del self.sequences[n:], self._samples[n:]
         self._row_of = {s: row for row, s in enumerate(self.sequences)}
 
-    def has(self, sequence: Sequence) -> bool:
+    def clear(self) -> None:
+        """Drop every row, in whatever state an interrupted call has left them."""
+        self.sequences.clear()
+        self._samples.clear()
+        self._row_of.clear()
+        self._rows.contexts.zero_()
+
+    def has(self, sequence: Text) -> bool:
         return sequence in self._row_of
 
-    def grow(self, grown: list[tuple[Sequence, int]]) -> None:
+    def grow(self, grown: list[tuple[Text, int]]) -> None:
         """Enter the new blocks of texts: (text, index of the first of them)."""
         entries = [
             (self._row_of[s], column, s.blocks[column]) for s, first in grown for column in range(first, len(s.blocks))
@@ -224,7 +234,7 @@ class Decoder:
         """Advance every row by `steps` tokens, or to its end."""
         n = len(self.sequences)
         params = [s.request.params for s in self._samples]
-        top = max(p.logprobs for p in params)
+        top = most_logprobs(params, self.model.config.vocab_size)
         penalties = any(p.repetition_penalty != 1.0 for p in params)
         if top and top not in self._details:
             shape = self._tokens.shape
@@ -233,12 +243,14 @@ class Decoder:
                 torch.empty((*shape, top), dtype=torch.int64, device=self.device),
                 torch.empty((*shape, top), dtype=torch.float32, device=self.device),
             )
-        graph = None if self._graphs is None else self._graph(bucket(n), penalties, top)
-        self._rows.first(n).place(self.cache.block_size)  # blocks may have come since the last step
+        rows = n if self._graphs is None else bucket(n)
+        graph = None if self._graphs is None else self._graph(rows, penalties, top)
+        # Blocks may have come since the last step, and rows have gone: idle ones, which a graph has too, get no slot.
+        self._rows.first(rows).place(self.cache.block_size)
         self._count.zero_()
         for _ in range(steps):
             if graph is None:
-                self._step(n, penalties, top)
+                self._step(rows, penalties, top)
             else:
                 graph.replay()
         details = None
@@ -276,21 +288,34 @@ class Decoder:
         key = n, penalties, top
         if key not in self._graphs:
             contexts = self._rows.contexts.clone()
-            self._rows.contexts.zero_()  # idle rows: the step that compiles and loads every kernel changes nothing
+            self._rows.contexts.zero_()
+            self._rows.place(self.cache.block_size)  # idle rows without a slot: a step changes nothing
             self._count.zero_()
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
-                self._step(n, penalties, top)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream
-            ):  # where paged_attention has its tickets by now
-                self._step(n, penalties, top)
-            self._rows.contexts.copy_(contexts)
-            self._graphs[key] = graph
+            try:
+                self._graphs[key] = self._capture(*key)
+            finally:
+                self._rows.contexts.copy_(contexts)
         return self._graphs[key]
+
+    def _capture(self, n: int, penalties: bool, top: int) -> torch.cuda.CUDAGraph:
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        # One stream for all of it: a step outside the graph first, which compiles and loads every kernel and leaves
+        # paged_attention's tickets where the graph will find them.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._step(n, penalties, top)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._step(n, penalties, top)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        return graph
+
+
+def most_logprobs(params: Sequence[SamplingParams], vocabulary: int) -> int:
+    """How many likeliest tokens serve all: a power of 2, so that few sizes of buffers and graphs serve every wish."""
+    most = max(p.logprobs for p in params)
+    return min(1 << (most - 1).bit_length(), vocabulary) if most else 0
 
 
 def bucket(n: int) -> int:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gpt2.blocks import BlockPool
 from gpt2.cache import PagedCache, upload
-from gpt2.decode import Decoder, Drawn
+from gpt2.decode import Decoder, Drawn, most_logprobs
 from gpt2.model import GPT2, PagedBatch
 from gpt2.request import Completion, Logprob, Output, Request, Sample, make_request
 from gpt2.sampling import SamplingParams
@@ -92,7 +92,7 @@ class Engine:
             prefill_tokens=PREFILL_TOKENS,
             prefix_caching=prefix_caching,
         )
-        self._unread: deque[Started] = deque()
+        self._unread: deque[list[Started]] = deque()  # of each plan
         self._swapped: dict[Text, Tensor] = {}  # keys and values in host memory
         self._requests: dict[int, Request] = {}
         self._sample_of: dict[Text, Sample] = {}
@@ -112,15 +112,15 @@ class Engine:
 
     def _enqueue(self, request: Request) -> int:
         request.number = self._next_number
-        for sample in request.samples:
-            if sample.sequence.max_length > sample.sequence.prompt_length:
-                self._scheduler.add(sample.sequence)
-                self._sample_of[sample.sequence] = sample
-            else:  # the prompt fills every position and on_overflow is "stop"
-                sample.finish_reason = "length"
         self._next_number += 1
         self._requests[request.number] = request
         self._prompt_tokens += len(request.prompt)
+        for sample in request.samples:
+            if sample.sequence.max_length > sample.sequence.prompt_length:
+                self._sample_of[sample.sequence] = sample
+                self._scheduler.add(sample.sequence)
+            else:  # the prompt fills every position and on_overflow is "stop"
+                sample.finish("length")
         self._hand_out(request)
         return request.number
 
@@ -167,14 +167,17 @@ class Engine:
         ]
 
     def _give_up(self) -> None:
-        """End every request and forget everything that a failed step may have left half done."""
-        finished = self._ready[:]
+        """End every request and forget whatever a failed step may have left half done, the device's part last."""
+        for request in self._requests.values():
+            for sample in request.samples:
+                if sample.finish_reason is None:
+                    sample.finish("abort")
+        self._requests.clear()
+        self._sample_of.clear()
+        self._swapped.clear()
         self._unread.clear()
-        self._decoder.keep([])
-        for request in list(self._requests.values()):
-            self.abort(request.number)
-        self._scheduler.pool.forget()
-        self._ready = finished  # nothing that was done before is lost
+        self._scheduler.reset()
+        self._decoder.clear()
 
     @property
     def unfinished(self) -> int:
@@ -216,7 +219,7 @@ class Engine:
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"Engine.generate: params must be one or one per prompt ({len(prompts)}), got {len(each)}")
-        added: list[int] = []
+        first, added = self._next_number, []
         others: list[Completion] = []
         try:
             for index, (prompt, own) in enumerate(zip(prompts, each)):
@@ -237,7 +240,7 @@ class Engine:
                     bar.update(len(done) - before)
             return [done[number] for number in added]
         except BaseException:
-            self._drop(added)
+            self._drop(range(first, self._next_number))
             raise
         finally:
             self._ready[:0] = others  # requests of other callers, for their next `step`
@@ -268,11 +271,12 @@ class Engine:
         finally:
             self._drop([number])
 
-    def _drop(self, numbers: list[int]) -> None:
+    def _drop(self, numbers: Iterable[int]) -> None:
         """End requests whose results nobody wants."""
-        for number in numbers:
+        unwanted = set(numbers)
+        for number in unwanted:
             self.abort(number)
-        self._ready = [c for c in self._ready if c.request_id not in set(numbers)]
+        self._ready = [c for c in self._ready if c.request_id not in unwanted]
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         request = make_request(prompt, params, self.model.config, self.tokenizer)
@@ -284,21 +288,23 @@ class Engine:
     @torch.no_grad()
     def _advance(self) -> None:
         plan = self._scheduler.schedule(self._steps)
-        if not plan.is_empty:
+        if plan.is_empty:
+            self._decoder.keep([])
+        else:
             with self._current_device:
-                self._start(plan)
+                self._unread.append(self._start(plan))
             self._scheduler.commit(plan)
         while len(self._unread) > (0 if plan.is_empty else self._most_unread):
-            self._read(self._unread.popleft())
+            for started in self._unread.popleft():
+                self._read(started)
 
-    def _start(self, plan: Plan) -> None:
-        """Have the device carry out a plan; on a GPU nothing here waits for it."""
+    def _start(self, plan: Plan) -> list[Started]:
+        """Have the device carry out a plan; on a GPU nothing here waits for it, but for the capture of a new graph."""
         decoder, cache = self._decoder, self._cache
         for text, blocks in plan.swap_out:
             self._swapped[text] = cache.save(blocks)
         for text, first in plan.swap_in:
-            contents = self._swapped.pop(text)
-            cache.restore(text.blocks[first : contents.shape[2]], contents[:, :, first:])
+            cache.restore(text.blocks, self._swapped.pop(text), first)
         if plan.copies:
             cache.copy(plan.copies)
         decoder.keep([s for s in plan.decode if decoder.has(s)])
@@ -306,13 +312,15 @@ class Engine:
         returning = [self._sample_of[s] for s in plan.decode if not decoder.has(s)]
         if returning:
             decoder.join(returning, decoder.new_rows(returning))
+        started = []
         if plan.decode:
             drawn = decoder.run(plan.steps)
-            self._unread.append(Started([self._sample_of[s] for s in decoder.sequences], drawn))
+            started.append(Started([self._sample_of[s] for s in decoder.sequences], drawn))
         if plan.prefill:
-            self._prefill(plan.prefill)
+            started += self._prefill(plan.prefill)
+        return started
 
-    def _prefill(self, chunks: list[Chunk]) -> None:
+    def _prefill(self, chunks: list[Chunk]) -> list[Started]:
         hidden = self.model.forward_paged(self._batch(chunks), self._cache.layers)
         # A token is drawn where a prompt is complete; other chunks are parts of long prompts.
         last_rows, row = [], -1
@@ -321,9 +329,9 @@ class Engine:
             if c.is_complete:
                 last_rows.append(row)
         if not last_rows:
-            return
+            return []
         samples = [self._sample_of[c.sequence] for c in chunks if c.is_complete]
-        top = max(s.request.params.logprobs for s in samples)
+        top = most_logprobs([s.request.params for s in samples], self.model.config.vocab_size)
         rows = self._decoder.new_rows(samples)
         logits = self.model.logits(hidden[upload(last_rows, torch.int64, self.model.device)])
         drawn, logprobs, likeliest = rows.draw(logits, top)
@@ -332,9 +340,10 @@ class Engine:
         details = None
         if likeliest is not None:
             details = logprobs.unsqueeze(0), likeliest[0].unsqueeze(0), likeliest[1].unsqueeze(0)
-        self._unread.append(Started(samples, Drawn(tokens, details)))
+        started = Started(samples, Drawn(tokens, details))
         chosen = [i for i, s in enumerate(samples) if s.sequence.prompt_length + 1 < s.sequence.max_length]
         self._decoder.join([samples[i] for i in chosen], rows, chosen)
+        return [started]
 
     def _batch(self, chunks: list[Chunk]) -> PagedBatch:
         size = self._cache.block_size

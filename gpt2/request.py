@@ -108,6 +108,7 @@ class Sample:
         self._read(len(self.sequence.tokens))
         self.stream.finish()
         self.finish_reason = "stop" if self.stream.stopped else reason
+        self.request.unfinished -= 1
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,10 +120,11 @@ class Request:
     params: SamplingParams
     seed: int
     samples: list[Sample] = dataclasses.field(default_factory=list)
+    unfinished: int = 0  # samples
 
     @property
     def done(self) -> bool:
-        return all(s.finish_reason is not None for s in self.samples)
+        return self.unfinished == 0
 
     def completion(self) -> Completion:
         outputs = [
@@ -161,7 +163,7 @@ def make_request(
     if bad := [t for t in params.stop_token_ids if t >= config.vocab_size]:
         raise ValueError(f"Engine: stop_token_ids must be below {config.vocab_size}, got {bad[0]}")
     seed = secrets.randbits(63) if params.seed is None else params.seed
-    request = Request(-1, tokens, params, seed)
+    request = Request(-1, tokens, params, seed, unfinished=params.n)
     family = scheduler.Family()
     for number in range(params.n):
         sequence = scheduler.Sequence(tokens=list(tokens), prompt_length=len(tokens), max_length=length, family=family)

@@ -18,6 +18,7 @@ class Family:
     """The samples of one request: they have the same prompt, and share its blocks."""
 
     holder: Sequence | None = None  # the running sample that computes the prompt, or that has done so
+    hashes: list[bytes] | None = None  # of the prompt's full blocks, once the first sample is queued
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,7 +30,6 @@ class Sequence:
     max_length: int  # prompt and output together end here at the latest
     family: Family = dataclasses.field(default_factory=Family)
     blocks: list[int] = dataclasses.field(default_factory=list)
-    hashes: list[bytes] = dataclasses.field(default_factory=list)  # of the prompt's full blocks
     computed: int = 0  # prompt tokens whose keys and values are in the cache
     planned: int = 0  # length once everything that was started is done, unless the text ends earlier
     swapped: bool = False  # its keys and values are in host memory, and it waits to go on
@@ -37,6 +37,10 @@ class Sequence:
     @property
     def prefilling(self) -> bool:
         return self.computed < self.prompt_length
+
+    @property
+    def hashes(self) -> list[bytes]:
+        return self.family.hashes or []
 
     def blocks_for(self, length: int, block_size: int) -> int:
         """Blocks that this text fills at a length; its last token is not fed back yet, so it needs no room."""
@@ -109,10 +113,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, which `check` must accept."""
         self.check(sequence)
-        if self.prefix_caching:
+        if self.prefix_caching and sequence.family.hashes is None:
             # The last token of a prompt is computed in any case: its logits decide what comes next.
             shared = sequence.tokens[: sequence.prompt_length - 1]
-            sequence.hashes = chain_hashes(shared, self.pool.block_size)
+            sequence.family.hashes = chain_hashes(shared, self.pool.block_size)
         sequence.planned = sequence.prompt_length
         self.waiting[sequence] = None
 
@@ -122,8 +126,9 @@ class Scheduler:
         While prompts are being computed, texts get one token at a time, so that neither waits long for the other.
         """
         plan = Plan()
+        before = self.preemptions
         self._grow(plan, 1 if any(s.prefilling for s in self.running) else steps)
-        if not plan.swap_out:
+        if self.preemptions == before:  # or the newcomer would take what was just given up
             self._admit(plan)
         budget = self.prefill_tokens
         for s in self.running:
@@ -150,6 +155,14 @@ class Scheduler:
         self.running.pop(sequence, None)
         self.waiting.pop(sequence, None)
         self._release(sequence)
+
+    def reset(self) -> None:
+        """Forget every sequence and every prefix, in whatever state an interrupted call has left them."""
+        for sequence in (*self.running, *self.waiting):
+            sequence.blocks = []
+        self.running.clear()
+        self.waiting.clear()
+        self.pool = BlockPool(self.pool.num_blocks, self.pool.block_size)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

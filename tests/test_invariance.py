@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,11 +119,23 @@ def alone(model: GPT2, recorder: Logits) -> Alone:
     return Alone(model, recorder)
 
 
+class ReplayedDecoder(decode.Decoder):
+    """Steps as CUDA graphs do, on any device: padded sizes of batch, a step of idle rows before the first replay."""
+
+    def _capture(self, *key: Any) -> Any:
+        self._step(*key)
+        return SimpleNamespace(replay=lambda: self._step(*key))
+
+
 def build(model: GPT2, **options: Any) -> Engine:
-    """An engine, of which a CPU's works in several steps and ahead of its results too, as a GPU's does."""
+    """An engine, of which a CPU's works in several steps, ahead of its results and as with graphs, as a GPU's does."""
     steps, most_unread, prefill_tokens = options.pop("ahead", (1, 0, 2048))
+    replayed = options.pop("replayed", False)
     engine = Engine(model, cuda_graphs=False, **options)
     engine._steps, engine._most_unread = steps, most_unread
+    if replayed:
+        rows = engine._scheduler.max_batch
+        engine._decoder = ReplayedDecoder(model, engine._cache, rows=rows, most_steps=steps, cuda_graphs=True)
     engine._scheduler.prefill_tokens = prefill_tokens
     return engine
 
@@ -147,6 +160,7 @@ def test_any_schedule(
         num_blocks=draw(st.integers(smallest, 2 * smallest)),
         max_batch=draw(st.integers(1, 6)),
         prefix_caching=draw(st.booleans()),
+        replayed=draw(st.booleans()),
         ahead=(draw(st.integers(1, 8)), draw(st.integers(0, 2)), draw(st.integers(1, 40))),
     )
     jobs = draw(st.lists(st.tuples(st.sampled_from(JOBS), st.integers(0, 3)), min_size=1, max_size=8))
@@ -176,11 +190,26 @@ def test_any_schedule(
 
 def test_preemption_is_forced_and_changes_nothing(production: torch.device, model: GPT2, alone: Alone) -> None:
     params = [SamplingParams(max_tokens=24, seed=i, ignore_eos=True) for i in range(6)]
-    for ahead in ((1, 0, 2048), (4, 1, 2048)):
-        engine = build(model, num_blocks=14, block_size=4, ahead=ahead)
+    for ahead, replayed in (((1, 0, 2048), False), ((4, 1, 2048), False), ((4, 1, 2048), True)):
+        engine = build(model, num_blocks=14, block_size=4, ahead=ahead, replayed=replayed)
         for found, (prompt, own) in zip(engine.generate(PROMPTS[:6], params), zip(PROMPTS, params)):
             same(found, alone(prompt, own)[0])
         assert engine.stats()["preemptions"] > 0 and engine.stats()["free_blocks"] == 14
+
+
+def test_padded_batches_write_nothing(production: torch.device, model: GPT2, alone: Alone) -> None:
+    """Rows past the texts of a replayed step are idle, though texts that stopped or moved left their slots there."""
+    params = [
+        SamplingParams(max_tokens=20, seed=i, top_k=0, stop_token_ids=tuple(range(i % 7, VOCABULARY, 5)))
+        for i in range(24)
+    ]
+    prompts = [PROMPTS[i % 8] for i in range(24)]
+    for num_blocks, block_size in ((40, 4), (24, 8)):
+        engine = build(
+            model, num_blocks=num_blocks, block_size=block_size, max_batch=12, ahead=(8, 1, 2048), replayed=True
+        )
+        for found, prompt, own in zip(engine.generate(prompts, params), prompts, params):
+            same(found, alone(prompt, own)[0])
 
 
 def test_all_at_once_on_the_production_path(production: torch.device, model: GPT2, alone: Alone) -> None:
