@@ -1,18 +1,24 @@
-"""How well a model predicts a text: perplexity by a sliding window, and `gpt2 eval`, which prints it.
+"""How well a model predicts a text: perplexity by a sliding window, `gpt2 eval`, which prints it, and log-likelihoods.
 
-Every token of the text is scored once. A window of `context` tokens moves on by `stride`; what it scores are the tokens
-that no window before it has reached, each after at least context - stride tokens of its past, where the text has them.
-A smaller stride costs more windows and gives each token more past: at 1 the score is exact, at `context` the windows
-share nothing, and their first tokens are predicted from nothing.
+`log_likelihoods` scores many continuations, each of its own context; `gpt2.harness` stands on it.
+
+For perplexity every token of the text is scored once. A window of `context` tokens moves on by `stride`; what it scores
+are the tokens that no window before it has reached, each after at least context - stride tokens of its past, where the
+text has them. A smaller stride costs more windows and gives each token more past: at 1 the score is exact, at `context`
+the windows share nothing, and their first tokens are predicted from nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+PACKED_TOKENS = 8192  # most tokens of one forward pass over packed sequences, unless a single one is longer
+SCORED_ROWS = 1024  # rows whose logits exist at a time: 200 MB with GPT-2's vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,85 @@ def score(
             total += float(loss) * sum(scored for _, _, scored in waiting)
             waiting = []
     return Score(len(tokens) - 1, total / (len(tokens) - 1))
+
+
+def log_likelihoods(
+    model: Any,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    max_batch: int = 256,
+    progress: bool = False,
+) -> list[tuple[float, bool]]:
+    """(log-probability of the continuation in nats, whether it is the greedy one) of (context, continuation) ids.
+
+    Where context and continuation are more than n_positions + 1 tokens, the context loses its first ones: the last
+    token is predicted, never read. Sequences of all lengths are packed without padding, `max_batch` at most in a pass;
+    pairs that read the same tokens, as the one-token answers to a question do, are computed once. Raises ValueError,
+    before any work, on an empty context or continuation, one longer than n_positions, or a token that does not exist.
+    """
+    import torch
+    import torch.nn.functional as F
+    from tqdm import tqdm
+
+    limit, vocabulary = model.config.n_positions, model.config.vocab_size
+    if not isinstance(max_batch, int) or max_batch < 1:
+        raise ValueError(f"log_likelihoods: max_batch must be an integer of at least 1, got {max_batch!r}")
+    readers: dict[tuple[int, ...], list[int]] = {}  # what the model reads: the pairs that it answers
+    for number, (context, continuation) in enumerate(pairs):
+        if not context or not 1 <= len(continuation) <= limit:
+            raise ValueError(
+                f"log_likelihoods: pair {number}: a context must not be empty and a continuation have 1..{limit} "
+                f"tokens, got {len(context)} and {len(continuation)}"
+            )
+        tokens = (*context, *continuation)
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise ValueError(
+                f"log_likelihoods: pair {number}: tokens must lie in 0..{vocabulary - 1}, "
+                f"got {min(tokens)}..{max(tokens)}"
+            )
+        readers.setdefault(tokens[-limit - 1 : -1], []).append(number)
+
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    with torch.no_grad(), tqdm(total=len(pairs), desc="log-likelihood", disable=not progress) as bar:
+        for batch in _packs(sorted(readers, key=len, reverse=True), max_batch):  # if memory is too small, at once
+            borders = [0, *itertools.accumulate(map(len, batch))]
+            answered = [(end, number) for end, read in zip(borders[1:], batch) for number in readers[read]]
+            rows = [row for end, number in answered for row in range(end - len(pairs[number][1]), end)]
+            wanted = [token for _, number in answered for token in pairs[number][1]]
+            device = model.device
+            hidden = model.hidden_packed(
+                torch.tensor([token for read in batch for token in read], device=device),
+                torch.tensor(borders, dtype=torch.int32, device=device),
+                len(batch[0]),
+            )
+            scores, greedy = [], []
+            for some, targets in zip(
+                torch.tensor(rows, device=device).split(SCORED_ROWS),
+                torch.tensor(wanted, device=device).split(SCORED_ROWS),
+            ):
+                logits = model.logits(hidden[some]).float()
+                scores.append(-F.cross_entropy(logits, targets, reduction="none"))
+                greedy.append(logits.argmax(-1) == targets)
+            lengths = [len(pairs[number][1]) for _, number in answered]
+            parts = torch.cat(scores).double().cpu().split(lengths), torch.cat(greedy).cpu().split(lengths)
+            for (_, number), score_of_each, is_greedy in zip(answered, *parts):
+                found[number] = float(score_of_each.sum()), bool(is_greedy.all())
+            bar.update(len(answered))
+    return found
+
+
+def _packs(sequences: Sequence[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, ...]]]:
+    """Sequences in turn, at most `most` together and, of several, at most PACKED_TOKENS tokens."""
+    pack: list[tuple[int, ...]] = []
+    tokens = 0
+    for sequence in sequences:
+        if pack and (len(pack) == most or tokens + len(sequence) > PACKED_TOKENS):
+            yield pack
+            pack, tokens = [], 0
+        pack.append(sequence)
+        tokens += len(sequence)
+    if pack:
+        yield pack
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """GPT-2 on the operators of `gpt2_kernels`: a thin module, one page of model code.
 
-The same blocks serve two ways of running. `forward` takes whole sequences (B, T), for training and evaluation.
+The same blocks serve three ways of running. `forward` takes whole sequences (B, T), for training and evaluation;
+`hidden_packed` takes whole sequences of different lengths, packed (N,), for scoring many of them.
 `forward_paged` takes packed tokens of many sequences (N,) and a paged key-value cache, for generation: what earlier
-tokens computed is read from the cache, so a new token costs one row. Only attention differs between the two.
+tokens computed is read from the cache, so a new token costs one row. Only attention differs between them.
 
 Parameter names are those of the published checkpoints; `gpt2.reference.ReferenceGPT2` is the same model in plain
 PyTorch.
@@ -193,6 +194,30 @@ class GPT2(nn.Module):
                 return y if isinstance(y, Tensor) else y[0]
 
             x = block(x, attend, batch_invariant)
+        return _normalize(self.ln_f, x)
+
+    def hidden_packed(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Final hidden states (N, C) of whole sequences of any lengths, packed without padding: tokens (N,) int64.
+
+        Sequence s owns rows cu_seqlens[s] to cu_seqlens[s + 1], (S + 1,) int32 from 0 to N; none is longer than
+        max_seqlen, which must not be above the config's n_positions.
+        """
+        if tokens.dim() != 1 or max_seqlen > self.config.n_positions:
+            raise ValueError(
+                f"GPT2.hidden_packed: tokens must be (N,) and max_seqlen at most {self.config.n_positions}, "
+                f"got {tuple(tokens.shape)} and {max_seqlen}"
+            )
+        firsts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(tokens))
+        x = self.wte(tokens) + self.wpe(torch.arange(len(tokens), device=tokens.device) - firsts)
+        packing = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen  # queries and keys alike
+        for layer, block in enumerate(self.h):
+            scale = self.config.attention_scale(layer)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = scale) -> Tensor:
+                y = ops.attention_varlen(q, k, v, *packing, scale=scale)
+                return y if isinstance(y, Tensor) else y[0]
+
+            x = block(x, attend)
         return _normalize(self.ln_f, x)
 
     @torch.no_grad()

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from checkpoints import random_checkpoint, random_tokens, tiny_config, transformers_model
 
-from gpt2 import GPT2
+from gpt2 import GPT2, ReferenceGPT2
 from gpt2.cli import main
-from gpt2.evaluate import score, windows
+from gpt2.evaluate import log_likelihoods, score, windows
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,78 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: 
         main(["eval", "--data", str(text)])
     captured = capsys.readouterr()
     assert ended.value.code == 2 and message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+# Lengths for `log_likelihoods`, context and continuation, of a model with 64 positions: one token each; two pairs that
+# read the same tokens; all positions and one token more, of which nothing is lost; a context that loses its first 38
+# tokens; a continuation that fills every position, after the last token of its context.
+LENGTHS = [(1, 1), (7, 1), (7, 1), (40, 25), (90, 13), (5, 64), (30, 3)]
+
+
+def pairs_of(config: Any) -> list[tuple[list[int], list[int]]]:
+    pairs = []
+    for number, (context, continuation) in enumerate(LENGTHS):
+        tokens = random_tokens(config, context + continuation, seed=number).tolist()
+        pairs.append((tokens[:context], tokens[context:]))
+    pairs[2] = (pairs[1][0], pairs[2][1])
+    return pairs
+
+
+def true_log_likelihood(model: ReferenceGPT2, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    tokens = (context + continuation)[-model.config.n_positions - 1 :]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens[:-1]]))[0][-len(continuation) :]
+    wanted = torch.tensor(continuation)
+    loss = F.cross_entropy(logits, wanted, reduction="sum")
+    return -float(loss), bool((logits.argmax(-1) == wanted).all())
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 256])
+def test_log_likelihoods_are_those_of_float64(
+    tmp_path: Path, production: torch.device, max_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 1e-5 of the sum, which 64 float32 log-probabilities round to about 1e-6 of; batches change no bit."""
+    config = tiny_config()
+    folder = random_checkpoint(tmp_path, config)
+    model = GPT2.from_pretrained(folder, device=production)
+    truth = ReferenceGPT2.from_pretrained(folder, device="cpu", dtype=torch.float64)
+    pairs = pairs_of(config)
+    for context, length in (([5, 9, 200], 1), ([17], 12)):  # greedy ones, the second in several passes of the logits
+        pairs.append((context, truth.generate(context, length)))
+    pairs.append((pairs[-1][0], pairs[-1][1][:-1] + [(pairs[-1][1][-1] + 1) % 288]))  # all but the last
+    monkeypatch.setattr("gpt2.evaluate.PACKED_TOKENS", 100)
+    monkeypatch.setattr("gpt2.evaluate.SCORED_ROWS", 10)
+    expected = [true_log_likelihood(truth, *pair) for pair in pairs]
+    assert [is_greedy for _, is_greedy in expected[-3:]] == [True, True, False]
+    found = log_likelihoods(model, pairs, max_batch=max_batch)
+    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)
+    assert found == [log_likelihoods(model, [pair])[0] for pair in pairs]
+
+
+def test_pairs_that_read_the_same_are_computed_once(tmp_path: Path, production: torch.device) -> None:
+    config = tiny_config()
+    model = GPT2.from_pretrained(random_checkpoint(tmp_path, config), device=production)
+    computed = []
+    whole = model.hidden_packed
+    model.hidden_packed = lambda tokens, *rest: computed.append(len(tokens)) or whole(tokens, *rest)  # type: ignore
+    log_likelihoods(model, [([1, 2, 3], [answer]) for answer in (4, 5, 6)] + [([1, 2], [3, 7])])
+    assert computed == [3]
+    assert log_likelihoods(model, []) == []
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        ([([1], [2]), ([], [1])], "pair 1: a context must not be empty.* got 0 and 1"),
+        ([([1], [])], "pair 0: a context must not be empty and a continuation have 1..64 tokens, got 1 and 0"),
+        ([([1], [2] * 65)], "got 1 and 65"),
+        ([([1], [288])], "pair 0: tokens must lie in 0..287, got 1..288"),
+    ],
+)
+def test_pairs_that_cannot_be_scored_are_refused(pairs: Any, message: str) -> None:
+    model = GPT2(tiny_config())
+    with pytest.raises(ValueError, match=message):
+        log_likelihoods(model, pairs)
+    with pytest.raises(ValueError, match="max_batch must be an integer of at least 1, got 0"):
+        log_likelihoods(model, [([1], [2])], max_batch=0)

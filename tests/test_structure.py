@@ -21,7 +21,7 @@ OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDA
 MODEL_ORDER = (
     "config", "profiling", "blocks", "text", "sampling", "recipe", "weights", "tokenizer", "reference", "model",
     "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "parallel", "training", "__init__",
-    "options", "commands", "evaluate", "batch_files", "batch", "cli", "__main__",
+    "options", "commands", "evaluate", "harness", "batch_files", "batch", "cli", "__main__",
 )  # fmt: skip
 
 
