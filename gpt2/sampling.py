@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 1024  # at each place: the device keeps room for them for every text of a batch
 MAX_SAMPLES = 4096  # of one request: each holds a copy of the prompt and waits in the queue
 
 
@@ -26,7 +27,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
     stop_token_ids: tuple[int, ...] = ()  # tokens that end it, besides <|endoftext|>
     ignore_eos: bool = False  # write on after <|endoftext|>
-    logprobs: int = 0  # report this many of the likeliest tokens at each place; 0 is off
+    logprobs: int = 0  # report this many of the likeliest tokens at each place, at most 1024; 0 is off
     on_overflow: str = "error"  # prompt + max_tokens beyond the context: "error" refuses, "stop" ends the text there
 
     def __post_init__(self) -> None:
@@ -67,6 +68,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("stop", lambda v: all(isinstance(s, str) and s for s in v), "strings that are not empty"),
     ("stop_token_ids", lambda v: all(_integer(0)(t) for t in v), "integers of at least 0"),
     ("ignore_eos", lambda v: isinstance(v, bool), "True or False"),
-    ("logprobs", _integer(0), "an integer of at least 0"),
+    ("logprobs", _integer(0, MAX_LOGPROBS), f"an integer in 0..{MAX_LOGPROBS}"),
     ("on_overflow", lambda v: v in ("error", "stop"), "'error' or 'stop'"),
 )

@@ -361,7 +361,7 @@ def test_an_error_in_a_step_ends_all_and_leaves_the_engine_usable(model: GPT2, m
         ({"stop": ("a",) * 17}, "stop must be at most 16 strings"),
         ({"stop": ("",)}, "stop must be strings that are not empty"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids must be integers of at least 0"),
-        ({"logprobs": True}, "logprobs must be an integer of at least 0, got True"),
+        ({"logprobs": True}, "logprobs must be an integer in 0..1024, got True"),
         ({"on_overflow": "ignore"}, "on_overflow must be 'error' or 'stop', got 'ignore'"),
     ],
     ids=str,
