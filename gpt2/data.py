@@ -87,7 +87,8 @@ def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str
 def tokenise(data: str | Path, tokenizer: tiktoken.Encoding, folder: Path, name: str, fixed: bool) -> np.ndarray:
     """The tokens of `data`, (N,), read from `folder`/`name`.tokens, which is made if it is not there and whole.
 
-    Raises ValueError for text that is not UTF-8, and with `fixed` where the file is of other data or another tokenizer.
+    Data of other sizes, times of change or tokenizer make it anew; with `fixed`, for a run that has begun, times do not
+    count and the rest raises ValueError, as does text that is not UTF-8.
     """
     files = text_files(data)
     dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32)
@@ -95,12 +96,13 @@ def tokenise(data: str | Path, tokenizer: tiktoken.Encoding, folder: Path, name:
         "files": [[path.name, path.stat().st_size] for path in files],
         "tokenizer": fingerprint(tokenizer),
         "dtype": dtype.name,
+        "modified": [path.stat().st_mtime_ns for path in files],
     }
     path, note = folder / f"{name}.tokens", folder / f"{name}.json"
     if note.exists():  # written last: without it the tokens are those of an interrupted attempt
         known: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
         count = known.pop("tokens")
-        wrong = [key for key, value in made_from.items() if known.get(key) != value]
+        wrong = [k for k, v in made_from.items() if known.get(k) != v and not (fixed and k == "modified")]
         if wrong and fixed:
             key = wrong[0]
             raise ValueError(f"{key} must be what {path} was made with, {known.get(key)}, got {made_from[key]}")

@@ -115,14 +115,18 @@ _INTEGERS = {
     "steps": 1, "batch_size": 1, "context": 1, "warmup": 0, "seed": 0, "micro_batch": 1, "save_every": 1, "keep": 1,
     "eval_every": 1, "log_every": 1,
 }  # fmt: skip
+_TOKENS = {"data", *(f"data/{name}.{end}" for name in ("train", "val") for end in ("tokens", "json", "tmp"))}
 _FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
 
 def check_out(out: str | os.PathLike[str], resume: bool) -> Path:
-    """The run's folder: one that is not there or empty, unless the run is to be resumed."""
+    """The run's folder: one that is not there or empty, unless the run is to be resumed.
+
+    The tokens of a run that never began (its data were too short, say) are no obstacle.
+    """
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out must be a folder, got the file {path}")
-    if not resume and path.is_dir() and any(path.iterdir()):
+    if not resume and path.is_dir() and any(str(p.relative_to(path)) not in _TOKENS for p in path.rglob("*")):
         raise ValueError(f"--out must be empty or new ({path} holds something; --resume continues a run)")
     return path

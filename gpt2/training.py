@@ -155,7 +155,9 @@ class _Run:
         value = None if self.validation is None else trainer.evaluate(self.validation)
         if value is not None:
             self._record(step, val_loss=value)
-            self.say(f"step {step}  validation loss {value:.4f} nats a token, perplexity {math.exp(value):.2f}")
+            self.say(
+                f"step {step}  validation loss {value:.4f} nats a token, perplexity {math.exp(min(value, 700)):.2f}"
+            )
         model = trainer.snapshot()
         if model is not None:
             text = sample(model, self.tokenizer, self.recipe.seed)

@@ -95,6 +95,17 @@ def test_a_file_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert data.tokenise(text, TOKENIZER, tmp_path, "train", True).tolist() == first.tolist()
 
 
+def test_data_changed_before_a_run_began_are_tokenised_again(tmp_path: Path) -> None:
+    """Of one length: sizes do not tell. A run that has begun keeps the tokens that it began with."""
+    text = tmp_path / "text.txt"
+    text.write_text("The first text.")
+    data.tokenise(text, TOKENIZER, tmp_path, "train", False)
+    text.write_text("A second text..")
+    os.utime(text, (1, 1))  # as a copy that keeps its time
+    assert data.tokenise(text, TOKENIZER, tmp_path, "train", True).tolist() == whole("The first text.")
+    assert data.tokenise(text, TOKENIZER, tmp_path, "train", False).tolist() == whole("A second text..")
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     (tmp_path / "in" / "b").mkdir(parents=True)
     (tmp_path / "in" / "b" / "1.txt").write_text("second")

@@ -69,6 +69,13 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_a_folder_that_holds_something_is_refused_unless_it_is_resumed(tmp_path: Path) -> None:
     assert check_out(tmp_path / "new", False) == tmp_path / "new"
     assert check_out(tmp_path, False) == tmp_path  # empty
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.tokens").touch()
+    assert check_out(tmp_path, False) == tmp_path  # of a run whose data were refused
+    (tmp_path / "data" / "mine.tokens").touch()
+    with pytest.raises(ValueError, match="--out must be empty or new"):
+        check_out(tmp_path, False)
+    (tmp_path / "data" / "mine.tokens").unlink()
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ValueError, match="--out must be empty or new"):
         check_out(tmp_path, False)
