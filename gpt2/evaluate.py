@@ -60,17 +60,17 @@ def score(
     limit = model.config.n_positions
     context = limit if context is None else context
     if not 2 <= context <= limit:
-        raise ValueError(f"eval: context must lie in 2..{limit}, got {context}")
+        raise ValueError(f"context must lie in 2..{limit}, got {context}")
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride < context:
-        raise ValueError(f"eval: stride must lie in 1..{context - 1}, below the context of {context}, got {stride}")
+        raise ValueError(f"stride must lie in 1..{context - 1}, below the context of {context}, got {stride}")
     if batch_size < 1:
-        raise ValueError(f"eval: batch size must be at least 1, got {batch_size}")
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
     if len(tokens) < 2:
-        raise ValueError(f"eval: there must be at least 2 tokens, got {len(tokens)}")
+        raise ValueError(f"there must be at least 2 tokens, got {len(tokens)}")
     sequence = torch.tensor(tokens)
     if not 0 <= int(sequence.min()) <= int(sequence.max()) < model.config.vocab_size:
-        raise ValueError(f"eval: tokens must lie in 0..{model.config.vocab_size - 1}, got {int(sequence.max())}")
+        raise ValueError(f"tokens must lie in 0..{model.config.vocab_size - 1}, got {int(sequence.max())}")
     total = 0.0
     waiting: list[tuple[int, int, int]] = []
     todo = windows(len(tokens), context, stride)

@@ -83,7 +83,7 @@ def test_bad_values(options: dict[str, Any], message: str) -> None:
         score(model, [1, 300])
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path, production: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
     folder = random_checkpoint(tmp_path / "model", tiny_config(), tokenizer=True)
     text = tmp_path / "text.txt"
     text.write_text("Ein Bär, and so on. " * 12, encoding="utf-8")
