@@ -39,9 +39,11 @@ def serving(app: Any) -> Iterator[str]:
     """The application behind a port of 127.0.0.1; yields its URL."""
     import uvicorn
 
+    from gpt2.explorer.server import Server
+
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="error", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -310,3 +310,27 @@ def everything_has_a_name(page: Page) -> None:
             found += 1
     assert found > 20
     page.call("Accessibility.disable")
+
+
+def test_a_hurried_person(page: Page) -> None:
+    """A digit pressed twice before the answer appends one token; a prompt typed while the model writes is kept."""
+    reader = Reader()
+    page.open(page.url)  # type: ignore[attr-defined]
+    page.until("document.querySelectorAll('#next li').length === 10")
+    before = shown(page)
+    ids = check_bars(page, reader, before)
+    page.js(
+        "['1', '1'].forEach((key) => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})))"
+    )
+    settled(page, [*before, ids[0]])
+    check_bars(page, reader, [*before, ids[0]])
+    page.press("w")
+    page.until(f"document.querySelectorAll('#tokens .token').length > {len(before) + 2}")
+    page.js("document.getElementById('prompt').value = 'A new text'")
+    page.js("document.getElementById('prompt').dispatchEvent(new Event('input'))")
+    tokens = reader.tokenizer.encode("A new text")
+    settled(page, tokens)
+    page.until("document.getElementById('write').textContent.startsWith('Write on')")
+    settled(page, tokens)
+    check_bars(page, reader, tokens)
+    assert page.errors == []

@@ -21,7 +21,7 @@ def serve(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from gpt2.explorer.server import Limits, create_app
+        from gpt2.explorer.server import Limits, Server, create_app
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]
         if missing not in ("starlette", "uvicorn"):
@@ -71,7 +71,7 @@ def serve(options: argparse.Namespace) -> None:
             file=sys.stderr,
             flush=True,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
 
 
 def _key(given: str | None) -> str | None:

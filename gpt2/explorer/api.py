@@ -246,7 +246,12 @@ class Choice:
 
     def _logprobs(self, tokens: Sequence[int], scores: Sequence[Logprob | None]) -> dict[str, Any]:
         wanted = self._request.logprobs or 0
-        tops = [{token_text(self._tokenizer, t): _finite(v) for t, v in s.top[:wanted]} if s else None for s in scores]
+        tops = [
+            {token_text(self._tokenizer, t): _finite(v) for t, v in (*s.top[:wanted], (s.token, s.logprob))}
+            if s
+            else None
+            for s in scores
+        ]  # the chosen token is always there, as OpenAI says
         return {
             "tokens": [token_text(self._tokenizer, t) for t in tokens],
             "token_logprobs": [_finite(s.logprob) if s else None for s in scores],

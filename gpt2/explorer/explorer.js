@@ -90,7 +90,7 @@ function step(token) {
 
 function choose(rank) {
   const token = next?.likeliest[rank];
-  if (!token || writing) return;
+  if (!token || writing || busy()) return; // what is on the page is of another text until its answer has come
   if (path(here).length >= model.positions) return complain(new Error(`The text fills all ${model.positions} positions.`));
   step({ ...token, logprob: next.logprobs[rank] });
   $("news").textContent = `Appended ${quoted(token)}`;
@@ -116,6 +116,8 @@ function goTo(node) {
 
 // -- questions
 
+const busy = () => $("next").getAttribute("aria-busy") === "true";
+
 /** Ask what the model makes of the text; `prompt`, a text typed anew, makes it the root of a new tree. */
 async function look(prompt) {
   looking?.abort();
@@ -138,6 +140,12 @@ async function look(prompt) {
     complain(null);
     draw();
   } catch (error) {
+    if (signal.aborted) return;
+    $("next").setAttribute("aria-busy", "false");
+    if (prompt === undefined) {
+      next = null; // its bars were another text's
+      drawNext();
+    }
     complain(error);
   }
 }
@@ -150,14 +158,16 @@ async function write() {
   if (room < 1) return complain(new Error(`The text fills all ${model.positions} positions.`));
   looking?.abort();
   writing = new AbortController();
+  const { signal } = writing;
   selected = null;
   draw();
   try {
     const answer = await ask("v1/completions", {
       model: model.name, prompt: ids(), max_tokens: Math.min(WRITE_TOKENS, room), stream: true, logprobs: 0,
       temperature: temperature(), top_k: topK(), return_token_ids: true,
-    }, writing.signal);
+    }, signal);
     for await (const event of events(answer.body)) {
+      if (signal.aborted) break; // what had come before is not put where the reader has gone to
       if (event.error) throw new Error(event.error.message);
       for (const { token_ids, logprobs } of event.choices) {
         token_ids.forEach((id, i) => {
@@ -169,12 +179,13 @@ async function write() {
         drawText();
       }
     }
-    $("news").textContent = "The continuation is written.";
+    $("news").textContent = signal.aborted ? "Stopped." : "The continuation is written.";
   } catch (error) {
     complain(error);
   } finally {
     writing = null;
-    look();
+    if (looking.signal.aborted) look();
+    else draw(); // a new prompt, or another branch, is being asked about
   }
 }
 

@@ -18,6 +18,7 @@ import functools
 import hmac
 import json
 import secrets
+import socket
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from pathlib import Path
 from typing import Any, TypeVar
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -111,7 +113,20 @@ def create_app(
         HTTPException: _http_error,
         Exception: lambda request, e: Json(ApiError(500, "the server failed on this request").body, 500),
     }
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=server.lifespan)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=server.lifespan)
+    app.state.worker = server.worker
+    return app
+
+
+class Server(uvicorn.Server):
+    """A uvicorn for `create_app`: told to stop, it ends what is under way, so that no client holds up the end.
+
+    Each hears of it: a 503, or an error in its stream. uvicorn alone would wait, cancel, and log a traceback for each.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(self.config.app.state.worker.close)  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
 
 class Json(JSONResponse):
