@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -103,6 +104,8 @@ namespace portable {
 #include "cpu_lanes.h"
 #include "cpu_attention_tile.h"
 #include "cpu_gelu_tile.h"
+#include "cpu_layernorm_tile.h"
+#include "cpu_sample_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
 }  // namespace portable
@@ -120,6 +123,8 @@ namespace avx2 {
 #include "cpu_lanes.h"
 #include "cpu_attention_tile.h"
 #include "cpu_gelu_tile.h"
+#include "cpu_layernorm_tile.h"
+#include "cpu_sample_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
 }  // namespace avx2
@@ -137,6 +142,8 @@ namespace avx512 {
 #include "cpu_lanes.h"
 #include "cpu_attention_tile.h"
 #include "cpu_gelu_tile.h"
+#include "cpu_layernorm_tile.h"
+#include "cpu_sample_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
 }  // namespace avx512
@@ -152,14 +159,14 @@ int detect_simd_level() {
   __builtin_cpu_init();  // some runtimes of clang's do not fill it in by themselves
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return 2;
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
 }
 
-std::atomic<int> simd_limit{2};
+std::atomic<int> simd_limit{3};
 
 int simd_level_in_use() {
   static const int detected = detect_simd_level();
@@ -173,7 +180,7 @@ using TileFunction = void (*)(const AttentionShape&, const Pointers<T>&, const T
 template <class T>
 TileFunction<T> choose_tile_function() {
 #if defined(__x86_64__)
-  if (simd_level_in_use() == 2) return avx512::attend_tile<T>;
+  if (simd_level_in_use() >= 2) return avx512::attend_tile<T>;
   if (simd_level_in_use() == 1) return avx2::attend_tile<T>;
 #endif
   return portable::attend_tile<T>;
@@ -182,10 +189,36 @@ TileFunction<T> choose_tile_function() {
 template <class T>
 auto choose_gelu_function() -> void (*)(T*, int64_t) {
 #if defined(__x86_64__)
-  if (simd_level_in_use() == 2) return avx512::gelu_tanh_range<T>;
+  if (simd_level_in_use() >= 2) return avx512::gelu_tanh_range<T>;
   if (simd_level_in_use() == 1) return avx2::gelu_tanh_range<T>;
 #endif
   return portable::gelu_tanh_range<T>;
+}
+
+template <class T>
+auto choose_normalize_function() -> void (*)(const T*, const T*, const T*, int64_t, float, T*, float*, float*) {
+#if defined(__x86_64__)
+  if (simd_level_in_use() >= 2) return avx512::normalize_row<T>;
+  if (simd_level_in_use() == 1) return avx2::normalize_row<T>;
+#endif
+  return portable::normalize_row<T>;
+}
+
+template <class T>
+auto choose_widen_function() -> float (*)(const T*, int64_t, float*, bool*) {
+#if defined(__x86_64__)
+  if (simd_level_in_use() >= 2) return avx512::widen_logits<T>;
+  if (simd_level_in_use() == 1) return avx2::widen_logits<T>;
+#endif
+  return portable::widen_logits<T>;
+}
+
+auto choose_exponential_function() -> float (*)(const float*, int64_t, float, float, float*) {
+#if defined(__x86_64__)
+  if (simd_level_in_use() >= 2) return avx512::exponential_row;
+  if (simd_level_in_use() == 1) return avx2::exponential_row;
+#endif
+  return portable::exponential_row;
 }
 
 struct Sequences {  // int32 vectors of any stride

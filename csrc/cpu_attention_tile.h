@@ -12,51 +12,6 @@
 
 constexpr int kParts = kDotLanes / kLanes;  // registers that hold the 16 partial sums of one dot product
 
-// A shuffle in each compiler's spelling: the numbers pick lanes of a, and from kLanes on lanes of b.
-#if defined(__clang__)
-#define GPT2K_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define GPT2K_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntLanes{__VA_ARGS__})
-#endif
-
-// Lanes i with bit STEP clear get a[i] + a[i + STEP], the others b[i] + b[i - STEP]: one level of two sums at once.
-template <int STEP, int... I>
-GPT2K_INLINE Lanes pair_sum(Lanes a, Lanes b, Ints<I...>) {
-  const Lanes own = GPT2K_SHUFFLE(a, b, ((I & STEP) ? kLanes + I : I)...);
-  const Lanes other = GPT2K_SHUFFLE(a, b, ((I & STEP) ? kLanes + I - STEP : I + STEP)...);
-  return own + other;
-}
-
-// Lane i of the result is the sum over the lanes of sums[i].
-template <int STEP = kLanes / 2>
-GPT2K_INLINE Lanes sum_each(Lanes (&sums)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < STEP; ++i) sums[i] = pair_sum<STEP>(sums[i], sums[i + STEP], MakeInts<kLanes>{});
-  if constexpr (STEP > 1) return sum_each<STEP / 2>(sums);
-  return sums[0];
-}
-
-template <int STEP, int... I>
-GPT2K_INLINE Lanes swap_lanes(Lanes a, Ints<I...>) {
-  return GPT2K_SHUFFLE(a, a, (I ^ STEP)...);
-}
-
-template <int STEP = kLanes / 2>
-GPT2K_INLINE float horizontal_sum(Lanes a) {
-  a = a + swap_lanes<STEP>(a, MakeInts<kLanes>{});
-  if constexpr (STEP > 1) return horizontal_sum<STEP / 2>(a);
-  return a[0];
-}
-
-GPT2K_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
-
-template <int STEP = kLanes / 2>
-GPT2K_INLINE float horizontal_max(Lanes a) {
-  a = larger(a, swap_lanes<STEP>(a, MakeInts<kLanes>{}));
-  if constexpr (STEP > 1) return horizontal_max<STEP / 2>(a);
-  return a[0];
-}
-
 // Dot products of ROWS queries with kLanes / ROWS keys, dots[row * keys + key], still spread over the lanes: register
 // `part` of the 16 partial sums. With STRIDE < kParts the parts are folded, those farthest apart first (8, then 4).
 template <int ROWS, int STRIDE, class T>

@@ -1,6 +1,6 @@
 // One register of floats: loads, stores, a multiply-add and an exponential, the same bits in every lane and on every
-// instruction set. Included once per instruction set, each time inside another namespace and with another GPT2K_LANES
-// (floats per register: 16 AVX-512, 8 AVX2, 4 anywhere), so there is no include guard.
+// instruction set, and sums over its lanes. Included once per instruction set, each time inside another namespace and
+// with another GPT2K_LANES (floats per register: 16 AVX-512, 8 AVX2, 4 anywhere), so there is no include guard.
 
 constexpr int kLanes = GPT2K_LANES;
 
@@ -19,6 +19,29 @@ GPT2K_INLINE Lanes load(const BFloat16Bits* source) {  // bfloat16 is the upper 
 }
 
 GPT2K_INLINE void store(float* target, Lanes x) { *reinterpret_cast<LanesInMemory*>(target) = x; }
+
+GPT2K_INLINE void store(BFloat16Bits* target, Lanes x) {  // the bits of store_rounded
+  const BitLanes bits = (BitLanes)x;
+  const BitLanes rounded = x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : BitLanes{} + 0x7fc0u;
+  *reinterpret_cast<HalfLanesInMemory*>(target) = __builtin_convertvector(rounded, HalfLanes);
+}
+
+// The first `count` values of a register; the other lanes are 0 when loaded and left alone when stored.
+template <class T>
+GPT2K_INLINE Lanes load_some(const T* source, int count) {
+  if (count == kLanes) return load(source);
+  T rest[kLanes] = {};
+  std::memcpy(rest, source, sizeof(T) * count);
+  return load(rest);
+}
+
+template <class T>
+GPT2K_INLINE void store_some(T* target, Lanes x, int count) {
+  if (count == kLanes) return store(target, x);
+  T rest[kLanes];
+  store(rest, x);
+  std::memcpy(target, rest, sizeof(T) * count);
+}
 
 GPT2K_INLINE Lanes broadcast(float x) { return x - Lanes{}; }  // x - 0, since x + 0 turns -0 into 0
 
@@ -53,4 +76,49 @@ GPT2K_INLINE Lanes exponential(Lanes x) {
   p = multiply_add(p, r * r, r) + 1.0f;
   const Lanes power = (Lanes)(((BitLanes)shifted << 23) + 0x3f800000u);
   return x < lowest ? Lanes{} : p * power;
+}
+
+// A shuffle in each compiler's spelling: the numbers pick lanes of a, and from kLanes on lanes of b.
+#if defined(__clang__)
+#define GPT2K_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define GPT2K_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntLanes{__VA_ARGS__})
+#endif
+
+// Lanes i with bit STEP clear get a[i] + a[i + STEP], the others b[i] + b[i - STEP]: one level of two sums at once.
+template <int STEP, class V, int... I>
+GPT2K_INLINE V pair_sum(V a, V b, Ints<I...>) {
+  const V own = GPT2K_SHUFFLE(a, b, ((I & STEP) ? kLanes + I : I)...);
+  const V other = GPT2K_SHUFFLE(a, b, ((I & STEP) ? kLanes + I - STEP : I + STEP)...);
+  return own + other;
+}
+
+// Lane i of the result is the sum over the lanes of sums[i].
+template <int STEP = kLanes / 2, class V>
+GPT2K_INLINE V sum_each(V (&sums)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; ++i) sums[i] = pair_sum<STEP>(sums[i], sums[i + STEP], MakeInts<kLanes>{});
+  if constexpr (STEP > 1) return sum_each<STEP / 2>(sums);
+  return sums[0];
+}
+
+template <int STEP, int... I>
+GPT2K_INLINE Lanes swap_lanes(Lanes a, Ints<I...>) {
+  return GPT2K_SHUFFLE(a, a, (I ^ STEP)...);
+}
+
+template <int STEP = kLanes / 2>
+GPT2K_INLINE float horizontal_sum(Lanes a) {
+  a = a + swap_lanes<STEP>(a, MakeInts<kLanes>{});
+  if constexpr (STEP > 1) return horizontal_sum<STEP / 2>(a);
+  return a[0];
+}
+
+GPT2K_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
+template <int STEP = kLanes / 2>
+GPT2K_INLINE float horizontal_max(Lanes a) {
+  a = larger(a, swap_lanes<STEP>(a, MakeInts<kLanes>{}));
+  if constexpr (STEP > 1) return horizontal_max<STEP / 2>(a);
+  return a[0];
 }

@@ -1,6 +1,6 @@
-// The CPU operators of gpt2_kernels: paged attention over a block cache, the write of new keys and values into it, and
-// GELU. Checks and registration; cpu_attention.h splits the work, cpu_attention_tile.h and cpu_gelu_tile.h hold the
-// arithmetic over the registers of cpu_lanes.h.
+// The CPU operators of gpt2_kernels: paged attention over a block cache, the write of new keys and values into it,
+// products with a fused epilogue, in int8 too, layer norm, GELU, sampling. Checks and registration; cpu_attention.h,
+// cpu_linear.h and cpu_sample.h split the work, the _tile.h files hold the arithmetic over the registers of cpu_lanes.h.
 //
 // Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.13;
 // compiled at first use by gpt2_kernels/_native.py, which says why.
@@ -13,14 +13,20 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
 
 #include "cpu_attention.h"
+#include "cpu_linear.h"
+#include "cpu_sample.h"
 
 using torch::headeronly::ScalarType;
 
 namespace {
 
 constexpr int kMaxHeadDim = 256;
+constexpr int64_t kMaxInt8K = 65536;  // sums of 255 * 127 fit in 32 bits
 constexpr int64_t kMaxWindow = int64_t(1) << 40;  // more than any position, and far from overflow
 
 const char* name_of(ScalarType dtype) {
@@ -30,6 +36,8 @@ const char* name_of(ScalarType dtype) {
   if (dtype == ScalarType::Double) return "float64";
   if (dtype == ScalarType::Int) return "int32";
   if (dtype == ScalarType::Long) return "int64";
+  if (dtype == ScalarType::Char) return "int8";
+  if (dtype == ScalarType::Bool) return "bool";
   return "another dtype";
 }
 
@@ -212,10 +220,228 @@ void gelu_(const Tensor& x, bool tanh) {
   }
 }
 
+using MaybeTensor = std::optional<Tensor>;
+
+template <class T>
+const T* data_or_null(const MaybeTensor& x) {
+  return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+void normalize_rows(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, float eps, Tensor& y,
+                    Tensor& statistics) {
+  const auto normalize = choose_normalize_function<T>();
+  const int64_t R = x.size(0), C = x.size(1), stride = x.stride(0);
+  const T *source = static_cast<const T*>(x.const_data_ptr()), *scale = static_cast<const T*>(weight.const_data_ptr());
+  const T* shift = data_or_null<T>(bias);
+  T* target = static_cast<T*>(y.mutable_data_ptr());
+  float* kept = static_cast<float*>(statistics.mutable_data_ptr());
+  torch::stable::parallel_for(0, R, 1 + (16 << 10) / C, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      normalize(source + row * stride, scale, shift, C, eps, target + row * C, kept + row, kept + R + row);
+    }
+  });
+}
+
+// x (R, C), weight and bias (C,) -> the layer norm of each row (R, C), and its mean and 1 / deviation (2, R) float32.
+std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps) {
+  const char* op = "layer_norm";
+  check_float(op, "x", x);
+  check_dims(op, "x", x, 2, "(R, C)");
+  check_same_dtype(op, "weight", weight, "x", x);
+  check_size(op, "the length of weight", weight.numel(), x.size(1));
+  check_unit_stride(op, "x", x);
+  STD_TORCH_CHECK(x.size(1) >= 1, op, ": C must be >= 1");
+  STD_TORCH_CHECK(weight.is_contiguous(), op, ": weight must be contiguous");
+  if (bias) {
+    check_same_dtype(op, "bias", *bias, "x", x);
+    check_size(op, "the length of bias", bias->numel(), x.size(1));
+    STD_TORCH_CHECK(bias->is_contiguous(), op, ": bias must be contiguous");
+  }
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor statistics = torch::stable::new_empty(x, {2, x.size(0)}, ScalarType::Float);
+  if (x.scalar_type() == ScalarType::Float) {
+    normalize_rows<float>(x, weight, bias, float(eps), y, statistics);
+  } else {
+    normalize_rows<BFloat16Bits>(x, weight, bias, float(eps), y, statistics);
+  }
+  return {y, statistics};
+}
+
+template <class T>
+const T* vector_of(const char* name, const Tensor& x, ScalarType dtype, int64_t length) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.numel() == length && x.is_contiguous(), "sample: ", name, " must be ",
+                  length, " contiguous values of ", name_of(dtype), ", got ", x.numel(), " of ",
+                  name_of(x.scalar_type()));
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+// logits (S, V), each option (S,), history (S, V) bool -> tokens (S,) int64, their log-probabilities (S,), and the ids
+// and log-probabilities (S, top_logprobs) of the likeliest.
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
+                                                  const Tensor& top_p, const Tensor& min_p, const Tensor& seeds,
+                                                  const Tensor& positions, const MaybeTensor& history,
+                                                  const MaybeTensor& penalty, int64_t top_logprobs) {
+  check_float("sample", "logits", logits);
+  check_dims("sample", "logits", logits, 2, "(S, V)");
+  check_unit_stride("sample", "logits", logits);
+  const int64_t S = logits.size(0), V = logits.size(1), stride = logits.stride(0);
+  STD_TORCH_CHECK(V >= 1 && top_logprobs >= 0 && top_logprobs <= V, "sample: top_logprobs must lie in 0..", V,
+                  ", got ", top_logprobs);
+  STD_TORCH_CHECK(history.has_value() == penalty.has_value(), "sample: history and penalty go together");
+  const float* temperatures = vector_of<float>("temperature", temperature, ScalarType::Float, S);
+  const int64_t* ks = vector_of<int64_t>("top_k", top_k, ScalarType::Long, S);
+  const float* top_ps = vector_of<float>("top_p", top_p, ScalarType::Float, S);
+  const float* min_ps = vector_of<float>("min_p", min_p, ScalarType::Float, S);
+  const int64_t* seed = vector_of<int64_t>("seeds", seeds, ScalarType::Long, S);
+  const int64_t* position = vector_of<int64_t>("positions", positions, ScalarType::Long, S);
+  const bool* seen = history ? vector_of<bool>("history", *history, ScalarType::Bool, S * V) : nullptr;
+  const float* penalties = penalty ? vector_of<float>("penalty", *penalty, ScalarType::Float, S) : nullptr;
+  Tensor tokens = torch::stable::new_empty(logits, {S}, ScalarType::Long);
+  Tensor logprobs = torch::stable::new_empty(logits, {S}, ScalarType::Float);
+  Tensor top_ids = torch::stable::new_empty(logits, {S, top_logprobs}, ScalarType::Long);
+  Tensor top_values = torch::stable::new_empty(logits, {S, top_logprobs}, ScalarType::Float);
+  int64_t *token = static_cast<int64_t*>(tokens.mutable_data_ptr()),
+          *ids = static_cast<int64_t*>(top_ids.mutable_data_ptr());
+  float *logprob = static_cast<float*>(logprobs.mutable_data_ptr()),
+        *values = static_cast<float*>(top_values.mutable_data_ptr());
+  const bool is_float = logits.scalar_type() == ScalarType::Float;
+  const void* data = logits.const_data_ptr();
+  torch::stable::parallel_for(0, S, 1 + (16 << 10) / V, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(V);
+    for (int64_t row = begin; row < end; ++row) {
+      const SampleParams params{temperatures[row],
+                                top_ps[row],
+                                min_ps[row],
+                                penalties ? penalties[row] : 1.0f,
+                                ks[row],
+                                seed[row],
+                                position[row],
+                                seen ? seen + row * V : nullptr};
+      SampleResult result{0, 0.0f, ids + row * top_logprobs, values + row * top_logprobs};
+      if (is_float) {
+        sample_row(static_cast<const float*>(data) + row * stride, V, params, top_logprobs, scores, result);
+      } else {
+        sample_row(static_cast<const BFloat16Bits*>(data) + row * stride, V, params, top_logprobs, scores, result);
+      }
+      token[row] = result.token;
+      logprob[row] = result.logprob;
+    }
+  });
+  return {tokens, logprobs, top_ids, top_values};
+}
+
+#if defined(__x86_64__)
+
+void check_linear(const char* op, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                  const MaybeTensor& residual) {
+  check_float(op, "x", x);
+  check_dims(op, "x", x, 2, "(M, K)");
+  check_dims(op, "weight", weight, 2, "(N, K)");
+  check_size(op, "the columns of weight", weight.size(1), x.size(1));
+  check_unit_stride(op, "x", x);
+  check_unit_stride(op, "weight", weight);
+  if (bias) {
+    check_same_dtype(op, "bias", *bias, "x", x);
+    check_dims(op, "bias", *bias, 1, "(N,)");
+    check_size(op, "the length of bias", bias->size(0), weight.size(0));
+    check_unit_stride(op, "bias", *bias);
+  }
+  if (residual) {
+    check_same_dtype(op, "residual", *residual, "x", x);
+    check_dims(op, "residual", *residual, 2, "(M, N)");
+    check_size(op, "the rows of residual", residual->size(0), x.size(0));
+    check_size(op, "the columns of residual", residual->size(1), weight.size(0));
+    check_unit_stride(op, "residual", *residual);
+  }
+  STD_TORCH_CHECK(simd_level_in_use() == 3, op, ": needs AVX-512 with BF16 and VNNI");
+}
+
+template <class T>
+LinearEpilogue<T> epilogue(const MaybeTensor& bias, const MaybeTensor& residual, Tensor* pre, Tensor& y,
+                           int64_t activation) {
+  return {data_or_null<T>(bias),
+          data_or_null<T>(residual),
+          pre ? static_cast<T*>(pre->mutable_data_ptr()) : nullptr,
+          static_cast<T*>(y.mutable_data_ptr()),
+          y.size(1),
+          residual ? residual->stride(0) : 0,
+          int(activation),
+          nullptr,
+          nullptr,
+          nullptr};
+}
+
+// x (M, K), weight (N, K), bias (N,), residual (M, N) -> activation(x weight^T + bias) + residual (M, N), and the input
+// of the activation (M, N) where `keep`, else (0, N).
+std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                                  const MaybeTensor& residual, int64_t activation, bool keep) {
+  check_same_dtype("linear", "weight", weight, "x", x);
+  check_linear("linear", x, weight, bias, residual);
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  Tensor y = torch::stable::new_empty(x, {M, N}), pre = torch::stable::new_empty(x, {keep ? M : 0, N});
+  Tensor* kept = keep ? &pre : nullptr;
+  if (x.scalar_type() == ScalarType::Float) {
+    run_linear<avx512_dot::Float32Dot>(static_cast<const float*>(x.const_data_ptr()), x.stride(0),
+                                       static_cast<const float*>(weight.const_data_ptr()), weight.stride(0), M, K,
+                                       epilogue<float>(bias, residual, kept, y, activation));
+  } else {
+    run_linear<avx512_dot::BFloat16Dot>(static_cast<const BFloat16Bits*>(x.const_data_ptr()), x.stride(0),
+                                        static_cast<const BFloat16Bits*>(weight.const_data_ptr()), weight.stride(0), M,
+                                        K, epilogue<BFloat16Bits>(bias, residual, kept, y, activation));
+  }
+  return {y, pre};
+}
+
+template <class T>
+void linear_int8_into(const Tensor& x, const Tensor& weight, const Tensor& scale, LinearEpilogue<T> to) {
+  const int64_t M = x.size(0), K = x.size(1), stride = x.stride(0);
+  Tensor rows = torch::stable::new_empty(x, {M, K}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {M}, ScalarType::Float);
+  Tensor totals = torch::stable::new_empty(x, {M}, ScalarType::Int);
+  int8_t* q = static_cast<int8_t*>(rows.mutable_data_ptr());
+  float* x_scale = static_cast<float*>(scales.mutable_data_ptr());
+  int32_t* x_sum = static_cast<int32_t*>(totals.mutable_data_ptr());
+  const T* source = static_cast<const T*>(x.const_data_ptr());
+  torch::stable::parallel_for(0, M, 1 + (64 << 10) / (K + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      avx512_dot::quantize_row(source + row * stride, K, q + row * K, x_scale + row, x_sum + row);
+    }
+  });
+  to.weight_scale = static_cast<const float*>(scale.const_data_ptr());
+  to.x_scale = x_scale;
+  to.x_sum = x_sum;
+  run_linear<avx512_dot::Int8Dot>(q, K, static_cast<const int8_t*>(weight.const_data_ptr()), weight.stride(0), M, K,
+                                  to);
+}
+
+// The same with weight (N, K) int8 and scale (N,) float32; rows of x are rounded to int8, each with its own scale.
+Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, const MaybeTensor& bias,
+                   const MaybeTensor& residual, int64_t activation) {
+  const char* op = "linear_int8";
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8, got ",
+                  name_of(weight.scalar_type()));
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous(), op,
+                  ": scale must be float32 and contiguous, got ", name_of(scale.scalar_type()));
+  check_linear(op, x, weight, bias, residual);
+  check_dims(op, "scale", scale, 1, "(N,)");
+  check_size(op, "the length of scale", scale.size(0), weight.size(0));
+  STD_TORCH_CHECK(x.size(1) <= kMaxInt8K, op, ": K must be <= ", kMaxInt8K, ", got ", x.size(1));
+  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  if (x.scalar_type() == ScalarType::Float) {
+    linear_int8_into<float>(x, weight, scale, epilogue<float>(bias, residual, nullptr, y, activation));
+  } else {
+    linear_int8_into<BFloat16Bits>(x, weight, scale, epilogue<BFloat16Bits>(bias, residual, nullptr, y, activation));
+  }
+  return y;
+}
+
+#endif  // __x86_64__
+
 // For tests and reports: lowers the instruction set to at most `limit` and returns the one in use (0 portable, 1 AVX2,
-// 2 AVX-512).
+// 2 AVX-512, 3 with BF16 and VNNI).
 int64_t simd_level(int64_t limit) {
-  simd_limit.store(int(limit < 0 ? 0 : limit > 2 ? 2 : limit));
+  simd_limit.store(int(limit < 0 ? 0 : limit > 3 ? 3 : limit));
   return simd_level_in_use();
 }
 
@@ -227,13 +453,29 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens, "
       "Tensor cu_seqlens_q, float scale, int window) -> Tensor");
   m.def("gelu_(Tensor(a!) x, bool tanh) -> ()");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
+      "Tensor positions, Tensor? history, Tensor? penalty, int top_logprobs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("simd_level(int limit) -> int");
+#if defined(__x86_64__)
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool keep) -> (Tensor, Tensor)");
+  m.def(
+      "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
   m.impl("append_kv_", TORCH_BOX(&append_kv_));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("gelu_", TORCH_BOX(&gelu_));
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("sample", TORCH_BOX(&sample));
+#if defined(__x86_64__)
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CompositeExplicitAutograd, m) {

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _native
+from gpt2_kernels import _native, reference
 
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.status())
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no c++ on this machine")
-ALL_LEVELS = 2  # AVX-512 where there is one
+ALL_LEVELS = 3  # AVX-512 with BF16 and VNNI where there is one
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_every_instruction_set_agrees_with_float64(ops, dtype):
     keys, values = sequences([75, 200], 2, 65, dtype)
     queries = [torch.randn(n, 4, 65).to(dtype) for n in (75, 1)]
     results = {}
-    for level in {ops.simd_level(limit) for limit in (0, 1, 2)}:
+    for level in {ops.simd_level(limit) for limit in range(ALL_LEVELS + 1)}:
         ops.simd_level(level)
         results[level] = Cache(keys, values, 16).attend(queries)
         for o, q, k, v in zip(results[level], queries, keys, values):
@@ -369,11 +369,178 @@ def test_append_refuses_before_it_writes(ops, changes, message):
     assert torch.equal(arguments["k_cache"], before)
 
 
+# ------------------------------------------------------------------------------------------- products, norms, sampling
+
+
+needs_products = pytest.mark.skipif(
+    not _native.load() or _native.ops().simd_level(ALL_LEVELS) < ALL_LEVELS,
+    reason="needs AVX-512 with BF16 and VNNI",
+)
+PRODUCTS = [  # M, K, N
+    (1, 768, 200),  # decode: sixteen columns at a time, the last ones fewer
+    (2, 100, 65),  # eight at a time; K ends inside a register of every type
+    (3, 33, 7),  # a row is missing of four
+    (5, 3072, 64),
+    (70, 769, 130),  # two blocks of rows and three of columns, none full
+    (1, 1, 1),
+    (0, 5, 3),
+    (4, 5, 0),
+]
+
+
+def product_inputs(M: int, K: int, N: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(t.to(dtype) for t in (torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(M, N)))
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    return 0.0 if ours.numel() == 0 else ((ours.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+@needs_products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M, K, N", PRODUCTS)
+def test_linear_agrees_with_float64(ops, dtype, M, K, N):
+    x, weight, bias, residual = product_inputs(M, K, N, dtype)
+    limit = 2e-6 if dtype == torch.float32 else 2**-8  # a rounding of the largest result
+    pre = x.double() @ weight.double().T + bias.double()
+    for kind, name in enumerate((None, "none", "tanh")):
+        after = pre if name is None else torch.nn.functional.gelu(pre, approximate=name)
+        y, kept = ops.linear(x, weight, bias, residual, kind, True)
+        assert relative_error(y, after + residual.double()) <= limit, name
+        assert relative_error(kept, pre) <= limit, name
+    wide = torch.randn(M, 2 * K).to(dtype)[:, :K]  # rows of x further apart
+    y, kept = ops.linear(wide, weight, None, None, 0, False)
+    assert relative_error(y, wide.double() @ weight.double().T) <= limit and kept.shape == (0, N)
+
+
+@needs_products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_products_are_exact(ops, dtype):
+    """The integers come out exactly, so only the float32 epilogue and the last rounding remain."""
+    for M, K, N in PRODUCTS:
+        x, weight, bias, residual = product_inputs(M, K, N, dtype)
+        scale = torch.rand(N) + 0.1
+        weight = torch.randint(-128, 128, (N, K)).to(torch.int8)
+        y = ops.linear_int8(x, weight, scale, bias, residual, 0)
+        largest = x.float().abs().amax(1, keepdim=True)
+        rounded = (x.float() * (127 / largest)).round()
+        truth = (rounded.double() @ weight.double().T) * (largest.double() / 127 * scale.double())
+        limit = 4e-6 if dtype == torch.float32 else 2**-8
+        assert relative_error(y, truth + bias.double() + residual.double()) <= limit, (M, K, N)
+    # the largest sums there are: none of them wraps or saturates
+    for value in (-128, 127):
+        x, weight = torch.ones(3, 65536, dtype=dtype), torch.full((20, 65536), value, dtype=torch.int8)
+        y = ops.linear_int8(x, weight, torch.ones(20), None, None, 0)
+        assert relative_error(y, torch.full((3, 20), 65536.0 * value).double()) <= limit
+
+
+@needs_products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("K", [768, 101])
+def test_rows_of_products_have_the_same_bits_in_any_company(ops, dtype, K):
+    x, weight, bias, residual = product_inputs(70, K, 200, torch.bfloat16 if dtype == torch.int8 else dtype)
+    scale = torch.rand(200)
+
+    def product(first: int, last: int) -> Tensor:
+        some, other = x[first:last], residual[first:last]
+        if dtype == torch.int8:
+            return ops.linear_int8(some, (weight * 40).to(torch.int8), scale, bias, other, 2)
+        return ops.linear(some, weight, bias, other, 2, False)[0]
+
+    whole = product(0, 70)
+    for rows in (1, 2, 3, 4, 5, 7, 64):
+        for first in range(0, 70 - rows + 1, 11):
+            assert torch.equal(product(first, first + rows), whole[first : first + rows]), (rows, first)
+    torch.set_num_threads(2)
+    assert torch.equal(product(0, 70), whole), "the number of threads matters"
+
+
+@needs_products
+def test_a_row_that_is_not_finite_stays_so_in_int8(ops):
+    x = torch.randn(4, 100)
+    x[1, 3], x[2, 99], x[3] = math.nan, math.inf, 0.0
+    y = ops.linear_int8(x, torch.ones(5, 100, dtype=torch.int8), torch.ones(5), None, None, 0)
+    assert y[0].isfinite().all() and y[1:3].isnan().all() and (y[3] == 0).all()
+
+
+@needs_products
+def test_products_refuse_what_does_not_fit(ops):
+    x, weight, bias, residual = product_inputs(3, 8, 4, torch.float32)
+    for arguments, message in [
+        ((x, weight[:, :7], bias, residual), "the columns of weight must be 8, got 7"),
+        ((x, weight.bfloat16(), bias, residual), "weight must have the dtype of x, float32, got bfloat16"),
+        ((x, weight, bias[:3], residual), "the length of bias must be 4, got 3"),
+        ((x, weight, bias, residual[:2]), "the rows of residual must be 3, got 2"),
+        ((x, weight.T.contiguous().T, bias, residual), "the last stride of weight must be 1, got 4"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            ops.linear(*arguments, 0, False)
+    with pytest.raises(RuntimeError, match="weight must be int8, got float32"):
+        ops.linear_int8(x, weight, torch.ones(4), None, None, 0)
+    with pytest.raises(RuntimeError, match="K must be <= 65536, got 65537"):
+        ops.linear_int8(torch.ones(1, 65537), torch.ones(1, 65537, dtype=torch.int8), torch.ones(1), None, None, 0)
+    ops.simd_level(2)
+    with pytest.raises(RuntimeError, match="needs AVX-512 with BF16 and VNNI"):
+        ops.linear(x, weight, bias, residual, 0, False)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", [1, 15, 768, 1603])
+def test_layer_norm_on_every_instruction_set(ops, dtype, C):
+    x, weight, bias = ((torch.randn(*shape) + 3).to(dtype) for shape in ((9, C), (C,), (C,)))
+    truth = torch.nn.functional.layer_norm(x.double(), (C,), weight.double(), bias.double(), 1e-5)
+    for limit in range(3):
+        ops.simd_level(limit)
+        y, statistics = ops.layer_norm(x, weight, bias, 1e-5)
+        assert relative_error(y, truth) <= (2e-5 if dtype == torch.float32 else 2**-8)  # rstd is large where C is 1
+        torch.testing.assert_close(statistics[0], x.float().mean(1), rtol=1e-5, atol=1e-6)
+        for row in range(9):
+            assert torch.equal(ops.layer_norm(x[row : row + 1], weight, bias, 1e-5)[0][0], y[row])
+
+
+@needs_native
+def test_sampling_on_every_instruction_set(ops):
+    """The same tokens from each of them, from one row alone and from any number of threads."""
+    S, V = 9, 1003
+    logits = torch.randn(S, V) * 3
+    options = [
+        torch.tensor([0.0, 1.0, 0.7] * 3),
+        torch.tensor([0, 40, 5] * 3),
+        torch.tensor([1.0, 0.9, 1.0] * 3),
+        torch.tensor([0.0, 0.0, 0.1] * 3),
+        torch.arange(S) + 2**40,
+        torch.arange(S) * 7,
+    ]
+    history, penalty = torch.rand(S, V) < 0.2, torch.full((S,), 1.3)
+    results = []
+    for limit in range(3):
+        ops.simd_level(limit)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(ops.sample(logits, *options, history, penalty, 3))
+        for i in range(S):
+            row = slice(i, i + 1)
+            alone = ops.sample(logits[row], *(o[row] for o in options), history[row], penalty[row], 3)
+            assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, results[-1])), i
+    expected = reference.sample(
+        logits,
+        **dict(zip(("temperature", "top_k", "top_p", "min_p", "seeds", "positions"), options)),
+        history=history,
+        repetition_penalty=penalty,
+        top_logprobs=3,
+    )
+    for tokens, logprobs, ids, values in results:
+        assert torch.equal(tokens, expected[0]) and torch.equal(ids, expected[2][0])
+        torch.testing.assert_close(logprobs, expected[1], rtol=0, atol=2e-6)
+        torch.testing.assert_close(values, expected[2][1], rtol=0, atol=2e-6)
+
+
 # -------------------------------------------------------------------------------------------------- the first-use build
 
 CHILD = """
 import torch
-from gpt2_kernels import _native
+from gpt2_kernels import _native, reference
 assert _native._outcome is None, "something was compiled or loaded at import"
 loaded = _native.load()
 if loaded:

@@ -28,7 +28,17 @@ from typing import Any, NamedTuple
 import torch
 
 SOURCE = "cpu_ops.cpp"
-HEADERS = ("cpu_attention.h", "cpu_attention_tile.h", "cpu_gelu_tile.h", "cpu_lanes.h")
+HEADERS = (
+    "cpu_attention.h",
+    "cpu_attention_tile.h",
+    "cpu_gelu_tile.h",
+    "cpu_lanes.h",
+    "cpu_layernorm_tile.h",
+    "cpu_linear.h",
+    "cpu_linear_tile.h",
+    "cpu_sample.h",
+    "cpu_sample_tile.h",
+)
 COMPILERS = ("c++", "g++", "clang++")  # after $CXX
 FLAGS = (
     "-std=c++17",

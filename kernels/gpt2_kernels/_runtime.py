@@ -48,6 +48,8 @@ except ImportError:  # Triton is published for Linux alone; everywhere else its 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of the compiled operators for CPUs
+ALL_INSTRUCTIONS = 3  # the highest level of csrc's simd_level
+
 OPS: dict[str, str] = {}  # operator -> what computes it on a CPU ("native", "torch"), or everywhere ("torch only")
 library = torch.library.Library("gpt2_kernels", "DEF")
 
@@ -157,6 +159,23 @@ def native(tensor: torch.Tensor) -> bool:
     if _forced == "native" and not _native.load():
         raise RuntimeError(f"the compiled operators were asked for: {_native.status()}")
     return _native.load()
+
+
+@functools.cache
+def _dot_products() -> bool:
+    """Whether the CPU multiplies bfloat16 and int8 in the compiled extension: AVX-512 with BF16 and VNNI."""
+    return _native.ops().simd_level(ALL_INSTRUCTIONS) == ALL_INSTRUCTIONS
+
+
+@functools.cache
+def _matrix_unit() -> bool:
+    """Whether the CPU has AMX, which PyTorch's oneDNN uses for bfloat16 and int8, and the extension does not."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def native_products(tensor: torch.Tensor) -> bool:
+    """Whether products of x like `tensor` with float weights, or of any x with int8 ones, go to the extension."""
+    return native(tensor) and _dot_products() and (tensor.dtype == torch.float32 or not _matrix_unit())
 
 
 def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2_kernels import _check, reference
+from gpt2_kernels import _check, _native, _runtime, reference
 from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
 
 MAX_WIDTH = 16384  # one row lies in the registers of one program
@@ -346,6 +346,9 @@ def _launch_backward(
 def _layer_norm_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
+    if _runtime.native(x):
+        y, kept = _native.ops().layer_norm(_check.as_rows(x), weight, bias, eps)
+        return y.view(x.shape), kept if statistics else None
     wide = reference.wide  # PyTorch keeps the statistics in the dtype of the input, and backward needs float32
     y, mean, rstd = torch.native_layer_norm(
         wide(x), (x.shape[-1],), wide(weight), None if bias is None else wide(bias), eps
@@ -429,6 +432,7 @@ register(
     triton_impl=_layer_norm_triton,
     cpu_impl=_layer_norm_cpu,
     fake=_fake,
+    cpu="native",
 )
 register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, bool statistics)"
@@ -436,6 +440,7 @@ register(
     triton_impl=_add_layer_norm_triton,
     cpu_impl=_add_layer_norm_cpu,
     fake=_fake_add,
+    cpu="native",
 )
 register(
     "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor statistics,"

@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, reference
+from gpt2_kernels import _check, _native, _runtime, reference
 from gpt2_kernels._runtime import launch, register, tl, triton
 from gpt2_kernels._thresholds import find_border, key_of, load_tile, reaching, scores_of, tile_places, value_of
 
@@ -296,6 +296,13 @@ def _on_cpu(
     repetition_penalty: Tensor | None,
     top_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _runtime.native(logits):
+        rows = (temperature, top_k, top_p, min_p, seeds, positions)
+        seen = None if history is None else history.contiguous()
+        penalty = None if repetition_penalty is None else repetition_penalty.contiguous()
+        return _native.ops().sample(
+            _check.unit_last_stride(logits), *(r.contiguous() for r in rows), seen, penalty, top_logprobs
+        )
     outputs = _fake(
         logits, temperature, top_k, top_p, min_p, seeds, positions, history, repetition_penalty, top_logprobs
     )
@@ -347,6 +354,7 @@ register(
     triton_impl=_sample_triton,
     cpu_impl=_on_cpu,
     fake=_fake,
+    cpu="native",
 )
 
 
