@@ -262,7 +262,7 @@ def _cache_blocks(model: GPT2, max_batch: int) -> int | None:
     if model.device.type != "cpu":
         return None
     config = model.config
-    size = model.wte.weight.element_size()
+    size = model.dtype.itemsize
     a_block = 2 * config.n_layer * config.n_embd * BLOCK_SIZE * size
     longest = -(-config.n_positions // BLOCK_SIZE)
     wanted = max(MIN_CACHE_BYTES, config.num_parameters * size) // a_block

@@ -61,10 +61,9 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, residual: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
-        linear = functools.partial(ops.linear, batch_invariant=batch_invariant)
-        qkv = linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, self.heads)  # (..., 3, H, D)
+        qkv = _linear(self.c_attn, x, batch_invariant).unflatten(-1, self.heads)  # (..., 3, H, D)
         q, k, v = qkv.unbind(-3)  # three views, no copy
-        return linear(attend(q, k, v).flatten(-2), self.c_proj.weight, self.c_proj.bias, residual=residual)
+        return _linear(self.c_proj, attend(q, k, v).flatten(-2), batch_invariant, residual=residual)
 
 
 class MLP(nn.Module):
@@ -78,6 +77,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, batch_invariant: bool = True) -> Tensor:
         w1, w2 = self.c_fc, self.c_proj
+        if w1.weight.dtype == torch.int8:
+            hidden = _linear(w1, x, activation="gelu_tanh" if self.approximate == "tanh" else "gelu")
+            return _linear(w2, hidden, residual=residual)
         return ops.gelu_mlp(
             x,
             w1.weight,
@@ -103,6 +105,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
         x = self.attn(_normalize(self.ln_1, x), x, attend, batch_invariant)
         return self.mlp(_normalize(self.ln_2, x), x, batch_invariant)
+
+
+def _linear(layer: nn.Module, x: Tensor, batch_invariant: bool = True, **options: Any) -> Tensor:
+    """The product with a layer's weight, and its bias if it has one; in int8 where `GPT2.quantize_` made it so."""
+    weight: Any = layer.weight
+    bias = getattr(layer, "bias", None)
+    if weight.dtype == torch.int8:
+        return ops.linear_int8(x, weight, layer.get_buffer("weight_scale"), bias, **options)
+    return ops.linear(x, weight, bias, batch_invariant=batch_invariant, **options)
 
 
 def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -146,7 +157,39 @@ class GPT2(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.wte.weight.dtype
+        """That of everything between the products, keys and values included; weights may be int8 beside it."""
+        return self.ln_f.weight.dtype
+
+    @property
+    def is_int8(self) -> bool:
+        return self.wte.weight.dtype == torch.int8
+
+    def quantize_(self) -> GPT2:
+        """Round all matrices to int8, with a scale for each output, for generation on a CPU; the rest is bfloat16.
+
+        The parameters keep their names; beside each matrix lies a buffer `weight_scale`. Such a model can neither be
+        trained nor saved as a checkpoint; a second call changes nothing.
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"GPT2.quantize_: int8 weights are for CPUs, got a model on {self.device}")
+        if self.is_int8:
+            return self
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and module is not self.wpe:
+                weight, scale = ops.quantize(module.weight)
+                module.weight = nn.Parameter(weight, requires_grad=False)
+                module.register_buffer("weight_scale", scale)
+        for parameter in self.parameters():
+            if parameter.dtype != torch.int8:
+                parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> GPT2:
+        """As in nn.Module; int8 weights cannot be trained."""
+        if mode and self.is_int8:
+            raise ValueError("GPT2.train: int8 weights cannot be trained; load the model in float32")
+        return super().train(mode)
 
     @property
     def cache_heads(self) -> int:
@@ -171,7 +214,10 @@ class GPT2(nn.Module):
         """Mean cross-entropy in nats, float32, of targets (B, T) int64, where -100 is left out; holds no logits."""
         if targets.shape != tokens.shape:
             raise ValueError(f"GPT2.loss: targets must be the shape of tokens, got {targets.shape} and {tokens.shape}")
-        return ops.linear_cross_entropy(self.hidden(tokens, batch_invariant=False), self.wte.weight, targets)
+        hidden = self.hidden(tokens, batch_invariant=False)
+        if self.is_int8:
+            return ops.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten())
+        return ops.linear_cross_entropy(hidden, self.wte.weight, targets)
 
     def hidden(self, tokens: Tensor, *, batch_invariant: bool = True, watch: Watch | None = None) -> Tensor:
         """Final hidden states (B, T, C), of which `logits` makes scores; watch sees every layer's attention go by.
@@ -183,7 +229,7 @@ class GPT2(nn.Module):
             raise ValueError(
                 f"GPT2: tokens must be (B, T) with T <= {self.config.n_positions}, got {tuple(tokens.shape)}"
             )
-        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
 
@@ -208,7 +254,7 @@ class GPT2(nn.Module):
                 f"got {tuple(tokens.shape)} and {max_seqlen}"
             )
         firsts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(tokens))
-        x = self.wte(tokens) + self.wpe(torch.arange(len(tokens), device=tokens.device) - firsts)
+        x = self._embed(tokens, torch.arange(len(tokens), device=tokens.device) - firsts)
         packing = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen  # queries and keys alike
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
@@ -220,10 +266,16 @@ class GPT2(nn.Module):
             x = block(x, attend)
         return _normalize(self.ln_f, x)
 
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if not self.is_int8:
+            return self.wte(tokens) + self.wpe(positions)
+        scale = self.wte.get_buffer("weight_scale")[tokens].unsqueeze(-1)
+        return (self.wte.weight[tokens] * scale).to(self.dtype) + self.wpe(positions)
+
     @torch.no_grad()
     def forward_paged(self, batch: PagedBatch, cache: Sequence[LayerCache]) -> Tensor:
         """Final hidden states (N, C) of packed tokens; their keys and values are written to the cache of each layer."""
-        x = self.wte(batch.tokens) + self.wpe(batch.positions)
+        x = self._embed(batch.tokens, batch.positions)
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
             x = block(x, functools.partial(_attend_paged, batch=batch, cache=cache[layer], scale=scale))
@@ -231,7 +283,7 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., V) of every token: the output embedding is the input embedding."""
-        return ops.linear(hidden, self.wte.weight)
+        return _linear(self.wte, hidden)
 
     @torch.no_grad()
     def generate(
@@ -280,13 +332,26 @@ class GPT2(nn.Module):
 
         Names: "storybook" (ships with the package), "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (from the Hugging
         Face hub, with the extra `hub`). A folder needs a path separator in its name, like "./gpt2". device is the GPU
-        where there is one; dtype is that of the file unless given (float32, float16, bfloat16).
+        where there is one; dtype is that of the file unless given (float32, float16, bfloat16, and int8 on a CPU:
+        see `quantize_`).
         Raises ValueError, naming what is wrong, for an unknown name, a broken file or tensors that do not fit.
         """
         if dtype == torch.float64:
-            raise ValueError("GPT2.from_pretrained: dtype must be float32, float16 or bfloat16, got torch.float64")
+            raise ValueError(
+                "GPT2.from_pretrained: dtype must be float32, float16, bfloat16 or int8, got torch.float64"
+            )
+        if dtype == torch.int8:
+            device = "cpu" if device is None else device
+            if torch.device(device).type != "cpu":
+                raise ValueError(f"GPT2.from_pretrained: dtype int8 is for CPUs, got device {device!r}")
+            return weights.load(cls, name_or_path, device=device).quantize_()
         return weights.load(cls, name_or_path, device=device, dtype=dtype)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors, a folder that transformers and `from_pretrained` load."""
+        """Write config.json and model.safetensors, a folder that transformers and `from_pretrained` load.
+
+        Raises ValueError for int8 weights: what was rounded away is not to become a checkpoint.
+        """
+        if self.is_int8:
+            raise ValueError("GPT2.save_pretrained: int8 weights are not saved; save the model they were made from")
         weights.save(self, self.config, path)

@@ -196,4 +196,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="storybook", metavar="NAME", help="preset or folder (default storybook)")
     model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    model.add_argument("--dtype", choices=DTYPES, help="arithmetic (default float32 on a CPU, bfloat16 on a GPU)")
+    model.add_argument(
+        "--dtype",
+        choices=(*DTYPES, "int8"),
+        help="arithmetic (default bfloat16 on a GPU and where the CPU multiplies it, else float32); int8 is for a CPU",
+    )

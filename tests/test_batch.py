@@ -65,6 +65,8 @@ class Runner:
         arguments = ["batch", str(self.source), "-o", str(self.out), "--model", self.folder, *options]
         if "--seed" not in options:
             arguments += ["--seed", "5"]
+        if "--dtype" not in options:
+            arguments += ["--dtype", "float32"]  # the default depends on the CPU
         return self.plain(*arguments, status=status)
 
     def plain(self, *arguments: str, status: int = 0) -> str:

@@ -20,6 +20,7 @@ from conftest import ROOT
 
 from gpt2 import GPT2, Engine, SamplingParams, cli, load_tokenizer
 from gpt2.tokenizer import STORYBOOK
+from gpt2_kernels import _runtime
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,18 @@ def process(*arguments: str, stdin: bytes = b"", **environment: str) -> subproce
 
 
 def test_generate_writes_the_prompt_and_the_engine_text(capsys: pytest.CaptureFixture[str], folder: str) -> None:
-    status, out, err = run(capsys, "generate", "a story", "--model", folder, "--seed", "3", "--max-tokens", "20")
-    assert status == 0 and err == ""
-    engine = Engine(GPT2.from_pretrained(folder, dtype=torch.float32), load_tokenizer(folder), num_blocks=8)
-    (completion,) = engine.generate(["a story"], SamplingParams(max_tokens=20, seed=3))
-    assert out == "a story" + completion.outputs[0].text + "\n"
+    """In the dtype that is asked for, and in the faster one of this machine where none is."""
+    default = torch.bfloat16 if torch.cuda.is_available() else _runtime.cpu_dtype()
+    for name, dtype in {None: default, "float32": torch.float32, "int8": torch.int8}.items():
+        if dtype == torch.int8 and torch.cuda.is_available():
+            continue
+        chosen = ("--dtype", name) if name else ()
+        words = ("--model", folder, "--seed", "3", "--max-tokens", "20", *chosen)
+        status, out, err = run(capsys, "generate", "a story", *words)
+        assert status == 0 and err == ""
+        engine = Engine(GPT2.from_pretrained(folder, dtype=dtype), load_tokenizer(folder), num_blocks=8)
+        (completion,) = engine.generate(["a story"], SamplingParams(max_tokens=20, seed=3))
+        assert out == "a story" + completion.outputs[0].text + "\n", name
 
 
 def test_samples_are_separated(capsys: pytest.CaptureFixture[str], folder: str) -> None:
@@ -95,7 +103,7 @@ def test_next_shows_ten_choices_and_appends_the_chosen_one(
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("2\nnonsense\n11\nu\nu\nq\n"))
-    status, out, err = run(capsys, "next", "once", "--model", folder)
+    status, out, err = run(capsys, "next", "once", "--model", folder, "--dtype", "float32")
     assert status == 0
     model, tokenizer = GPT2.from_pretrained(folder, dtype=torch.float32), load_tokenizer(folder)
     tokens = tokenizer.encode("once")

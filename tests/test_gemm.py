@@ -102,7 +102,7 @@ def test_a_transposed_weight_is_not_copied(path: torch.device, monkeypatch: pyte
     expected = ops.linear(x, weight), torch.ops.gpt2_kernels.linear_backward(grad, weight, None, "", True)
     transposed = weight.T.contiguous().T
     monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("copied"))
-    assert torch.equal(ops.linear(x, transposed), expected[0])
+    torch.testing.assert_close(ops.linear(x, transposed), expected[0])  # on a CPU the two may be added in other orders
     assert torch.equal(torch.ops.gpt2_kernels.linear_backward(grad, transposed, None, "", True), expected[1])
 
 

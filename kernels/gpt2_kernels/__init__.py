@@ -19,6 +19,7 @@ from gpt2_kernels.dropin import apply
 from gpt2_kernels.explanation import explain
 from gpt2_kernels.fused_attention import attention, attention_varlen
 from gpt2_kernels.gemm import gelu_mlp, linear
+from gpt2_kernels.int8 import linear_int8, quantize
 from gpt2_kernels.kv_cache import append_kv_
 from gpt2_kernels.layernorm import add_layer_norm, layer_norm
 from gpt2_kernels.paged import paged_attention
@@ -44,9 +45,11 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_int8",
     "modules",
     "paged_attention",
     "path_of",
+    "quantize",
     "reference",
     "sample",
     "scaled_dot_product_attention",

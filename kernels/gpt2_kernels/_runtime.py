@@ -50,7 +50,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of the compiled operators for CPUs
 ALL_INSTRUCTIONS = 3  # the highest level of csrc's simd_level
 
-OPS: dict[str, str] = {}  # operator -> what computes it on a CPU ("native", "torch"), or everywhere ("torch only")
+OPS: dict[str, str] = {}  # operator -> what computes it on a CPU, see `register`, or everywhere ("torch only")
 library = torch.library.Library("gpt2_kernels", "DEF")
 
 _forced: str | None = None  # set by `force` alone
@@ -173,9 +173,22 @@ def _matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def native_products(tensor: torch.Tensor) -> bool:
-    """Whether products of x like `tensor` with float weights, or of any x with int8 ones, go to the extension."""
-    return native(tensor) and _dot_products() and (tensor.dtype == torch.float32 or not _matrix_unit())
+def native_products(x: torch.Tensor) -> bool:
+    """Whether products of `x` with weights of its dtype go to the compiled extension."""
+    return native(x) and _dot_products() and (x.dtype == torch.float32 or not _matrix_unit())
+
+
+def native_int8(x: torch.Tensor) -> bool:
+    """Whether products of `x` with int8 weights do."""
+    return native(x) and _dot_products() and not _matrix_unit()
+
+
+def cpu_dtype() -> torch.dtype:
+    """The faster dtype to generate in on this CPU: bfloat16 where it multiplies that itself, else float32."""
+    if triton_on_cpu():  # the interpreter's bfloat16 is wrong
+        return torch.float32
+    fast = _matrix_unit() or native_products(torch.empty(0, dtype=torch.bfloat16))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
@@ -187,6 +200,10 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
         raise ValueError(f"path_of: op must be one of {sorted(OPS)}, got {op!r}")
     if OPS[op] == "torch only":
         return "PyTorch"
+    if OPS[op] == "int8":
+        if device == "cuda":
+            return "none: int8 weights are for CPUs"
+        return "compiled C++" if native_int8(torch.empty(0)) else "PyTorch"
     if device == "cuda":
         return "Triton kernel" if HAS_TRITON else "PyTorch (Triton is not installed)"
     if triton_on_cpu():
@@ -195,7 +212,11 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
         return "PyTorch"
     if dtype not in NATIVE_DTYPES:
         return f"PyTorch (the compiled operators know no {str(dtype).removeprefix('torch.')})"
-    return "compiled C++" if native(torch.empty(0, dtype=dtype)) else f"PyTorch ({_native.status()})"
+    if not native(torch.empty(0, dtype=dtype)):
+        return f"PyTorch ({_native.status()})"
+    if OPS[op] == "products" and not native_products(torch.empty(0, dtype=dtype)):
+        return "PyTorch (AMX)" if _dot_products() else "PyTorch (no AVX-512 with BF16 and VNNI)"
+    return "compiled C++"
 
 
 def distinct(*args: Any) -> tuple[Any, ...]:
@@ -323,7 +344,8 @@ def register(
 ) -> None:
     """Define an operator of `torch.ops.gpt2_kernels`: its schema, its implementations and its shapes.
 
-    `cpu` says what `cpu_impl` is made of ("native" where it calls the compiled extension), for `path_of`.
+    `cpu` says what `cpu_impl` is made of, for `path_of`: "native" where it calls the compiled extension, "products"
+    where that needs a CPU with dot products as well, "torch"; "int8" has no kernel for a GPU.
     """
     name = schema.split("(")[0]
     OPS[name] = cpu

@@ -348,6 +348,7 @@ register(
     triton_impl=_linear_triton,
     cpu_impl=_linear_cpu,
     fake=_fake,
+    cpu="products",
 )
 register(
     "linear_backward(Tensor grad, Tensor weight, Tensor? pre, str activation, bool batch_invariant) -> Tensor",
@@ -357,7 +358,7 @@ register(
 )
 
 
-OPS["gelu_mlp"] = "torch"  # two of them
+OPS["gelu_mlp"] = "products"  # two of them
 
 
 def _parameter_gradients(ctx: Any, at: int, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -308,6 +308,44 @@ def linear(
     return (y if residual is None else y + wide(residual)).to(x.dtype)
 
 
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) float32 in int8, and the scale of each row (M, 1): its largest magnitude becomes 127.
+
+    A row of zeros stays so; one with a NaN or an infinity gets the scale NaN.
+    """
+    largest = x.abs().amax(dim=1, keepdim=True)
+    largest = largest + (largest - largest)  # infinity becomes NaN
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    rounded = (x * inverse).round().nan_to_num(0.0, 127.0, -127.0).clamp(-128, 127).to(torch.int8)
+    return rounded, largest * (1.0 / 127.0)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) in int8, and the scale (N,) of each row."""
+    rounded, scale = round_rows(weight.detach().float())
+    return rounded, scale.squeeze(1)
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation((q weight^T) scale_x scale + bias) + residual, where q and scale_x are the rows of x in int8."""
+    rounded, x_scale = round_rows(wide(x).reshape(-1, x.shape[-1]))
+    y = (rounded.double() @ weight.double().T).float() * (scale * x_scale)
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    if bias is not None:
+        y = y + wide(bias)
+    if activation is not None:
+        y = gelu(y, activation)
+    return (y if residual is None else y + wide(residual)).to(x.dtype)
+
+
 def gelu_mlp(
     x: Tensor,
     w1: Tensor,

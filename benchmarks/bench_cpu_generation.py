@@ -1,0 +1,235 @@
+"""Generation on a CPU beside transformers and CTranslate2, all in one process, on one random GPT-2 124M.
+
+    python -m benchmarks.bench_cpu_generation --out benchmarks/results/cpu/generation-DATE.json
+
+Every contender answers the same prompts of 64 tokens with 32 new ones, greedily, at batch 1, 16 and 64; a number is
+total new tokens over wall time, prefill included. Contenders take turns (A B C .. A B C ..) and the best of `--rounds`
+counts for each: on a shared machine the best run is the one least disturbed, and every contender gets as many tries.
+Peers run where they are installed (`pip install '.[bench]'`).
+
+What limits us: decoding one text reads all matrices once a token, 124M elements (`bytes`), and the row "decode" says
+what share of the machine's read bandwidth, measured here by summing a large tensor, that makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2 import GPT2, PRESETS, Engine, SamplingParams
+from gpt2_kernels import _native
+
+BATCHES = (1, 16, 64)
+PROMPT, NEW = 64, 32
+Contender = Callable[[list[list[int]]], list[list[int]]]  # prompts -> new tokens
+
+
+def ours(folder: Path, dtype: torch.dtype) -> tuple[Contender, Engine]:
+    model = GPT2.from_pretrained(folder, device="cpu", dtype=dtype)
+    blocks = max(BATCHES) * -(-(PROMPT + NEW) // 16)
+    engine = Engine(model, max_batch=max(BATCHES), num_blocks=blocks, prefix_caching=False)
+    params = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+    return lambda prompts: [c.outputs[0].tokens for c in engine.generate(prompts, params)], engine
+
+
+def transformers_generate(folder: Path, dtype: torch.dtype) -> Contender:
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
+
+    @torch.no_grad()
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
+        tokens = torch.tensor(prompts)
+        options: dict[str, Any] = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[:, PROMPT:].tolist()
+
+    return generate
+
+
+def ctranslate2_generate(folder: Path, compute_type: str) -> Contender:
+    import ctranslate2
+
+    generator = ctranslate2.Generator(
+        str(folder), compute_type=compute_type, inter_threads=1, intra_threads=torch.get_num_threads()
+    )
+
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
+        results = generator.generate_batch(
+            [[f"t{token}" for token in prompt] for prompt in prompts],
+            max_length=NEW,
+            min_length=NEW,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            end_token=[],
+        )
+        return [result.sequences_ids[0] for result in results]
+
+    return generate
+
+
+def convert_for_ctranslate2(source: Path, target: Path) -> None:
+    """CTranslate2's own converter, with a vocabulary t0, t1 .. in place of a tokenizer's files."""
+    import ctranslate2.converters.transformers as converters
+    from transformers import GPT2LMHeadModel
+
+    class Vocabulary:
+        bos_token = eos_token = unk_token = f"t{PRESETS['gpt2'].eos_token_id}"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {f"t{token}": token for token in range(PRESETS["gpt2"].vocab_size)}
+
+    spec = converters._MODEL_LOADERS["GPT2Config"](GPT2LMHeadModel.from_pretrained(source), Vocabulary())
+    spec.validate()
+    spec.optimize(quantization="float32")
+    target.mkdir()
+    spec.save(str(target))
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that all threads read, at best."""
+    x = torch.ones(256 * 2**20 // 4)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        x.sum()
+        times.append(time.perf_counter() - start)
+    return x.numel() * 4 / min(times)
+
+
+def decode_step(engine: Engine, prompt: list[int], rounds: int) -> float:
+    """Seconds of a decode step of one text, at best."""
+    best = float("inf")
+    for _ in range(rounds):
+        engine.add(prompt, SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True))
+        engine.step()
+        while engine.unfinished:
+            start = time.perf_counter()
+            engine.step()
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def contenders(folder: Path, converted: Path) -> tuple[dict[str, Contender], dict[str, Engine]]:
+    found: dict[str, Contender] = {}
+    engines: dict[str, Engine] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        name = f"ours {str(dtype).removeprefix('torch.')}"
+        found[name], engines[name] = ours(folder, dtype)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            found[f"transformers {str(dtype).removeprefix('torch.')}"] = transformers_generate(folder, dtype)
+    except ImportError as e:
+        print(f"transformers is left out: {e}")
+    try:
+        convert_for_ctranslate2(folder, converted)
+        for compute_type in ("float32", "int8"):
+            found[f"CTranslate2 {compute_type}"] = ctranslate2_generate(converted, compute_type)
+    except ImportError as e:
+        print(f"CTranslate2 is left out: {e}")
+    return found, engines
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "gpt2"
+        torch.manual_seed(0)
+        GPT2(PRESETS["gpt2"]).save_pretrained(folder)
+        found, engines = contenders(folder, Path(scratch) / "ctranslate2")
+        speeds: dict[str, dict[str, float]] = {name: {} for name in found}
+        for batch in BATCHES:
+            vocabulary = PRESETS["gpt2"].vocab_size - 1  # no end of text inside a prompt
+            prompts = torch.randint(vocabulary, (batch, PROMPT), generator=generator).tolist()
+            for turn in range(rounds + 1):  # the first warms caches, allocators and thread pools
+                for name, contender in found.items():
+                    time.sleep(0.3)  # until the threads of the one before have stopped waiting for work
+                    start = time.perf_counter()
+                    answers = contender(prompts)
+                    seconds = time.perf_counter() - start
+                    if [len(a) for a in answers] != [NEW] * batch:
+                        raise RuntimeError(f"{name}: {NEW} tokens a prompt were asked for, got {answers}")
+                    if turn:
+                        speeds[name][str(batch)] = max(speeds[name].get(str(batch), 0.0), batch * NEW / seconds)
+        bandwidth = read_bandwidth()
+        decode = {}
+        for name, engine in engines.items():
+            matrices = [p for p in engine.model.parameters() if p.dim() == 2 and p is not engine.model.wpe.weight]
+            size = sum(p.numel() * p.element_size() for p in matrices)
+            seconds = decode_step(engine, prompts[0], rounds)
+            decode[name] = {"ms": seconds * 1e3, "bytes": size, "share_of_bandwidth": size / seconds / bandwidth}
+    return {"tokens_per_second": speeds, "read_GB_per_s": bandwidth / 1e9, "decode_batch_1": decode}
+
+
+def versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "ctranslate2"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def report(results: dict[str, Any]) -> str:
+    speeds = results["tokens_per_second"]
+    lines = [f"{'tokens/s':24}" + "".join(f"{f'batch {batch}':>12}" for batch in BATCHES)]
+    lines += [f"{name:24}" + "".join(f"{row[str(b)]:12.1f}" for b in BATCHES) for name, row in speeds.items()]
+    peers = {name: row for name, row in speeds.items() if not name.startswith("ours")}
+    for name, row in speeds.items():
+        if name in peers or not peers:
+            continue
+        same = [p for p in peers if p.split()[-1] == name.split()[-1]]
+        for label, rivals in (("the best peer of that precision", same), ("the best peer of all", list(peers))):
+            shares = (row[str(b)] / max(peers[p][str(b)] for p in rivals) for b in BATCHES)
+            lines.append(f"{name} / {label}: " + ", ".join(f"{share:.2f}" for share in shares))
+    lines.append(f"read bandwidth {results['read_GB_per_s']:.1f} GB/s")
+    for name, row in results["decode_batch_1"].items():
+        lines.append(f"{name}: a decode step of one text {row['ms']:.2f} ms, {row['share_of_bandwidth']:.0%} of that")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there, as JSON")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="tries of each contender (default 3)")
+    options = parser.parse_args()
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    results: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "operators": _native.status().split(" from ")[0],
+        "load_before": load_before,
+        "versions": versions(),
+        "prompt_tokens": PROMPT,
+        "new_tokens": NEW,
+        **measure(options.rounds),
+    }
+    print(f"{results['cpu']}; {results['versions']}")
+    print(report(results))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
