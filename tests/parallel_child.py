@@ -41,8 +41,10 @@ def data_parallel(world: World, folder: str) -> None:
         assert isinstance(local, torch.distributed.tensor.DTensor) == sharded
         expected, found = alone.state(), together.state()
         if world.rank == 0:
+            # The bias of a key has no gradient but that of rounding, of which AdamW makes a whole step: in bfloat16 it
+            # may go the other way, 2 lr a step.
             for name, tensor in expected["model"].items():
-                torch.testing.assert_close(found["model"][name], tensor, atol=1e-4 if exact else 2e-2, rtol=1e-3)
+                torch.testing.assert_close(found["model"][name], tensor, atol=1e-4 if exact else 6e-2, rtol=1e-3)
         tokens = alone.windows.tokens[:130]
         assert abs(alone.evaluate(tokens) - together.evaluate(tokens)) < (1e-4 if exact else 2e-2)
 

@@ -418,7 +418,8 @@ main(sys.argv[5:])
 
 def process(run: Runner, *options: str, stopped: tuple[Any, ...] = (), **streams: Any) -> subprocess.Popen[bytes]:
     """The command in a process of its own; stopped: once the output is beyond a size, after seconds, by a signal."""
-    arguments = ["batch", str(run.source), "-o", str(run.out), "--model", run.folder, "--seed", "5", *options]
+    arguments = ["batch", str(run.source), "-o", str(run.out), "--model", run.folder, "--seed", "5"]
+    arguments += ["--dtype", "float32", *options]
     start = ["-c", STOPPED, str(run.out), *map(str, stopped)] if stopped else ["-m", "gpt2"]
     return subprocess.Popen(
         [sys.executable, *start, *arguments], env=_environment(), stdout=subprocess.DEVNULL, **streams

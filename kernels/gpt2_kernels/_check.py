@@ -131,6 +131,11 @@ def as_rows(x: Tensor) -> Tensor:
     return unit_last_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # -1 is ambiguous where C is 0
 
 
+def as_shape(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A new result, contiguous, under another shape, and not as a view: FSDP's hooks warn of results that are one."""
+    return y if y.shape == shape else torch.ops.aten._unsafe_view(y, shape)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own functions for the host cost ten times as much, 2 us a call."""
     return -(-a // b)

@@ -287,7 +287,7 @@ def _linear_cpu(
         other = None if residual is None else _check.as_rows(residual)
         kind, bias = ACTIVATIONS[activation or None], None if bias is None else bias.contiguous()
         y, pre = _native.ops().linear(_check.as_rows(x), weight, bias, other, kind, keep and kind > 0)
-        return y.view(*x.shape[:-1], weight.shape[0]), pre
+        return _check.as_shape(y, (*x.shape[:-1], weight.shape[0])), pre
     y = _product_cpu(x.reshape(-1, x.shape[-1]), weight, bias, batch_invariant)
     pre = y.clone() if keep and activation else y.new_empty((0, y.shape[1]))
     if activation:

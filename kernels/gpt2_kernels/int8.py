@@ -33,7 +33,7 @@ def _linear_int8_cpu(
     if weight.stride(1) == 1 and _runtime.native_int8(x):
         bias = None if bias is None else bias.contiguous()
         kind = ACTIVATIONS[activation or None]
-        return _native.ops().linear_int8(rows, weight, scale.contiguous(), bias, other, kind).view(shape)
+        return _check.as_shape(_native.ops().linear_int8(rows, weight, scale.contiguous(), bias, other, kind), shape)
     rounded, x_scale = reference.round_rows(reference.wide(rows))
     y = torch._int_mm(rounded, weight.T).float() * (scale * x_scale)
     if bias is not None:

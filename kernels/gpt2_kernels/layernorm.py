@@ -348,7 +348,7 @@ def _layer_norm_cpu(
 ) -> tuple[Tensor, Tensor | None]:
     if _runtime.native(x):
         y, kept = _native.ops().layer_norm(_check.as_rows(x), weight, bias, eps)
-        return y.view(x.shape), kept if statistics else None
+        return _check.as_shape(y, tuple(x.shape)), kept if statistics else None
     wide = reference.wide  # PyTorch keeps the statistics in the dtype of the input, and backward needs float32
     y, mean, rstd = torch.native_layer_norm(
         wide(x), (x.shape[-1],), wide(weight), None if bias is None else wide(bias), eps
