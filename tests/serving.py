@@ -3,7 +3,7 @@
     with serving(create_app(engine, "tiny")) as url: ...
 
 By hand, against any server, whose answers must equal those of an engine of its own:
-    gpt2 serve --port 8000
+    gpt2 serve --port 8000 --dtype float32
     python tests/serving.py http://127.0.0.1:8000 --clients 64 --seconds 60
 """
 
@@ -57,11 +57,11 @@ def serving(app: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def command(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`gpt2 serve` on a free port, and its URL."""
+    """`gpt2 serve` on a free port, in float32 as what it is compared with, and its URL."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(_ROOT / "kernels"), str(_ROOT)])
     process = subprocess.Popen(
-        [sys.executable, "-m", "gpt2", "serve", "--port", "0", *options],
+        [sys.executable, "-m", "gpt2", "serve", "--port", "0", "--dtype", "float32", *options],
         env={**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
     options = parser.parse_args()
-    model = GPT2.from_pretrained(options.model, device="cpu", dtype=torch.float32)  # as the server on a CPU
+    model = GPT2.from_pretrained(options.model, device="cpu", dtype=torch.float32)  # as the server
     engine = Engine(model, load_tokenizer(options.model))
     prompts = [
         "Once upon a time",
