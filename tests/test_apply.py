@@ -348,9 +348,10 @@ def test_a_mask_that_is_not_nanogpts_is_left() -> None:
     assert report.kept == {"": "its buffer bias is not nanoGPT's causal mask"} and not report.replaced
 
 
-def test_norms_take_what_torchs_take(production: torch.device) -> None:
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(32), lambda: nanogpt.LayerNorm(32, True)], ids=["torch", "nano"])
+def test_norms_take_what_torchs_take(production: torch.device, make: Callable[[], nn.Module]) -> None:
     """float32 weights on bfloat16 activations, and a model made float64 later: by the module's own forward."""
-    plain = randomize(nn.LayerNorm(32)).to(production)
+    plain = randomize(make()).to(production)
     ours = copy.deepcopy(plain)
     gpt2_kernels.apply(ours)
     x = torch.randn(3, 32, device=production)

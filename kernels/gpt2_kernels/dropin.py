@@ -90,6 +90,12 @@ def gelu_product(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tenso
     return F.linear(hidden, w2, b2)
 
 
+def _beyond_ours(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's layer norm takes what ours does not: float64, or float32 weights on bfloat16 activations."""
+    mixed = weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+    return mixed or x.dtype not in _check.DTYPES
+
+
 class FusedLayerNorm(Fused):
     by = "layer_norm"
     normalized_shape: tuple[int, ...]
@@ -99,8 +105,7 @@ class FusedLayerNorm(Fused):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = input.new_ones(self.normalized_shape) if self.weight is None else self.weight
-        mixed = weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type)
-        if mixed or input.dtype not in _check.DTYPES:  # float32 weights in a bfloat16 model, which torch takes
+        if _beyond_ours(input, weight):
             return super().forward(input)
         return layer_norm(input, weight, self.bias, self.eps)
 
@@ -220,6 +225,8 @@ class FusedNanoNorm(Fused):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
+        if _beyond_ours(input, self.weight):
+            return super().forward(input)
         return layer_norm(input, self.weight, self.bias, getattr(self, "eps", 1e-5))
 
 
