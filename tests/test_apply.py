@@ -171,6 +171,21 @@ def test_a_shared_config_changes_for_the_applied_model_alone(production: torch.d
     assert type(other.transformer.ln_f) is nn.LayerNorm
 
 
+@pytest.mark.parametrize("given", ["attention_mask", "position_ids"])
+def test_without_a_cache_padding_and_packed_sequences_are_seen(production: torch.device, given: str) -> None:
+    """Without a cache a model needs no mask where neither is given: the hook that says so must look for both."""
+    model = randomize(gpt2(use_cache=False)).to(production).eval()
+    tokens = torch.randint(60, (2, 9), device=production)
+    value = torch.ones_like(tokens) if given == "attention_mask" else torch.arange(9, device=production).repeat(2, 1)
+    value[0, :4] = 0 if given == "attention_mask" else torch.arange(4, device=production)
+    value[0, 4:] = 1 if given == "attention_mask" else torch.arange(5, device=production)
+    expected = model(tokens, **{given: value}).logits
+    gpt2_kernels.apply(model)
+    found = model(tokens, **{given: value}).logits
+    torch.testing.assert_close(found[0, 4:], expected[0, 4:], **TOLERANCE)
+    torch.testing.assert_close(found[1], expected[1], **TOLERANCE)
+
+
 def test_generation_gives_the_same_text(production: torch.device) -> None:
     model = gpt2().to(production)
     tokens = torch.randint(1, 60, (3, 13), device=production)
