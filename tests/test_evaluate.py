@@ -87,7 +87,21 @@ def test_command(tmp_path: Path, production: torch.device, capsys: pytest.Captur
     folder = random_checkpoint(tmp_path / "model", tiny_config(), tokenizer=True)
     text = tmp_path / "text.txt"
     text.write_text("Ein Bär, and so on. " * 12, encoding="utf-8")
-    main(["eval", "--data", str(text), "--model", str(folder), "--device", "cpu", "--context", "32"])
+    main(
+        [
+            "eval",
+            "--data",
+            str(text),
+            "--model",
+            str(folder),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--context",
+            "32",
+        ]
+    )
     out = capsys.readouterr().out.splitlines()
     model = GPT2.from_pretrained(folder, device="cpu")
     from gpt2 import load_tokenizer
