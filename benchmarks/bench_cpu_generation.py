@@ -1,6 +1,6 @@
 """Generation on a CPU beside transformers and CTranslate2, all in one process, on one random GPT-2 124M.
 
-    python -m benchmarks.bench_cpu_generation --out benchmarks/results/cpu/generation-DATE.json
+    python -m benchmarks.bench_cpu_generation --out benchmarks/results/cpu/generation/DATE.json
 
 Every contender answers the same prompts of 64 tokens with 32 new ones, greedily, at batch 1, 16 and 64; a number is
 total new tokens over wall time, prefill included. Contenders take turns (A B C .. A B C ..) and the best of `--rounds`
@@ -139,35 +139,40 @@ def contenders(folder: Path, converted: Path) -> tuple[dict[str, Contender], dic
     return found, engines
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
+def measure(batches: list[int], rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "gpt2"
         torch.manual_seed(0)
         GPT2(PRESETS["gpt2"]).save_pretrained(folder)
         found, engines = contenders(folder, Path(scratch) / "ctranslate2")
-        speeds: dict[str, dict[str, float]] = {name: {} for name in found}
-        for batch in BATCHES:
+        speeds: dict[str, dict[str, float]] = {}
+        for batch in batches:
+            generator = torch.Generator().manual_seed(batch)
             vocabulary = PRESETS["gpt2"].vocab_size - 1  # no end of text inside a prompt
             prompts = torch.randint(vocabulary, (batch, PROMPT), generator=generator).tolist()
-            for turn in range(rounds + 1):  # the first warms caches, allocators and thread pools
+            for contender in found.values():  # warms caches, allocators and thread pools
+                contender(prompts[:4])
+            best = dict.fromkeys(found, float("inf"))
+            for _ in range(rounds):
                 for name, contender in found.items():
                     time.sleep(0.3)  # until the threads of the one before have stopped waiting for work
                     start = time.perf_counter()
                     answers = contender(prompts)
-                    seconds = time.perf_counter() - start
+                    best[name] = min(best[name], time.perf_counter() - start)
                     if [len(a) for a in answers] != [NEW] * batch:
                         raise RuntimeError(f"{name}: {NEW} tokens a prompt were asked for, got {answers}")
-                    if turn:
-                        speeds[name][str(batch)] = max(speeds[name].get(str(batch), 0.0), batch * NEW / seconds)
-        bandwidth = read_bandwidth()
-        decode = {}
-        for name, engine in engines.items():
-            matrices = [p for p in engine.model.parameters() if p.dim() == 2 and p is not engine.model.wpe.weight]
-            size = sum(p.numel() * p.element_size() for p in matrices)
-            seconds = decode_step(engine, prompts[0], rounds)
-            decode[name] = {"ms": seconds * 1e3, "bytes": size, "share_of_bandwidth": size / seconds / bandwidth}
-    return {"tokens_per_second": speeds, "read_GB_per_s": bandwidth / 1e9, "decode_batch_1": decode}
+            speeds[str(batch)] = {name: batch * NEW / seconds for name, seconds in best.items()}
+        results: dict[str, Any] = {"tokens_per_second": speeds}
+        if 1 in batches:
+            bandwidth = read_bandwidth()
+            results |= {"read_GB_per_s": bandwidth / 1e9, "decode_batch_1": {}}
+            for name, engine in engines.items():
+                matrices = [p for p in engine.model.parameters() if p.dim() == 2 and p is not engine.model.wpe.weight]
+                size = sum(p.numel() * p.element_size() for p in matrices)
+                seconds = decode_step(engine, list(range(PROMPT)), rounds)
+                share = size / seconds / bandwidth
+                results["decode_batch_1"][name] = {"ms": seconds * 1e3, "bytes": size, "share_of_bandwidth": share}
+    return results
 
 
 def versions() -> dict[str, str]:
@@ -192,39 +197,49 @@ def cpu_name() -> str:
 
 def report(results: dict[str, Any]) -> str:
     speeds = results["tokens_per_second"]
-    lines = [f"{'tokens/s':24}" + "".join(f"{f'batch {batch}':>12}" for batch in BATCHES)]
-    lines += [f"{name:24}" + "".join(f"{row[str(b)]:12.1f}" for b in BATCHES) for name, row in speeds.items()]
-    peers = {name: row for name, row in speeds.items() if not name.startswith("ours")}
-    for name, row in speeds.items():
-        if name in peers or not peers:
-            continue
+    batches = sorted(speeds, key=int)
+    names = list(speeds[batches[0]])
+    peers = [name for name in names if not name.startswith("ours")]
+    lines = [f"{'tokens/s':24}" + "".join(f"{f'batch {batch}':>12}" for batch in batches)]
+    lines += [f"{name:24}" + "".join(f"{speeds[b][name]:12.1f}" for b in batches) for name in names]
+    for name in names if peers else ():
         same = [p for p in peers if p.split()[-1] == name.split()[-1]]
-        for label, rivals in (("the best peer of that precision", same), ("the best peer of all", list(peers))):
-            shares = (row[str(b)] / max(peers[p][str(b)] for p in rivals) for b in BATCHES)
-            lines.append(f"{name} / {label}: " + ", ".join(f"{share:.2f}" for share in shares))
-    lines.append(f"read bandwidth {results['read_GB_per_s']:.1f} GB/s")
-    for name, row in results["decode_batch_1"].items():
-        lines.append(f"{name}: a decode step of one text {row['ms']:.2f} ms, {row['share_of_bandwidth']:.0%} of that")
+        for label, rivals in (("the best peer of that precision", same), ("the best peer of all", peers)):
+            if name not in peers:
+                shares = (speeds[b][name] / max(speeds[b][p] for p in rivals) for b in batches)
+                lines.append(f"{name} / {label}: " + ", ".join(f"{share:.2f}" for share in shares))
+    if "read_GB_per_s" in results:
+        lines.append(f"read bandwidth {results['read_GB_per_s']:.1f} GB/s")
+        for name, row in results["decode_batch_1"].items():
+            lines.append(
+                f"{name}: a decode step of one text {row['ms']:.2f} ms, {row['share_of_bandwidth']:.0%} of that"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there, as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write results there, as JSON, beside other batches'")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="tries of each contender (default 3)")
+    parser.add_argument("--batch", type=int, nargs="+", choices=BATCHES, default=list(BATCHES), help="default all")
     options = parser.parse_args()
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    measured = measure(options.batch, options.rounds)
     results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
         "cpu": f"{cpu_name()}, {torch.get_num_threads()} threads",
         "operators": _native.status().split(" from ")[0],
-        "load_before": load_before,
         "versions": versions(),
         "prompt_tokens": PROMPT,
         "new_tokens": NEW,
-        **measure(options.rounds),
     }
-    print(f"{results['cpu']}; {results['versions']}")
+    when = {str(b): {"date": datetime.date.today().isoformat(), "load_before": load} for b in options.batch}
+    if options.out and options.out.exists():
+        before = json.loads(options.out.read_text())
+        measured["tokens_per_second"] = before["tokens_per_second"] | measured["tokens_per_second"]
+        results = before | results | measured | {"measured": before["measured"] | when}
+    else:
+        results |= measured | {"measured": when}
+    print(f"{results['cpu']}; {results['versions']}; load before {load}")
     print(report(results))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
