@@ -14,6 +14,7 @@ from gpt2_kernels import _runtime
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn  # of caches alone
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}  # of products: the number by which kernels and C++ know each
 MAX_WINDOW = 2**30  # a wider one is no narrower, and a position plus it would not fit in the 32 bits of kernels
 
 

@@ -28,8 +28,6 @@ from torch.autograd.function import once_differentiable
 from gpt2_kernels import _check, _native, _runtime, reference
 from gpt2_kernels._runtime import OPS, accumulator, autocast, distinct, launch, register, tl, triton
 
-ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
-
 # (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Nothing
 # spills in any case of benchmarks.compile_report, rows that start at odd addresses may; not yet timed on a GPU.
 TILES = {
@@ -202,7 +200,7 @@ def _product(
         x.stride(0),
         weight.stride(0),
         0 if residual is None else residual.stride(0),
-        ACTIVATION=ACTIVATIONS[activation or None],
+        ACTIVATION=_check.ACTIVATIONS[activation or None],
         DERIVATIVE=backward and pre is not None,
         WEIGHT_KN=weight_kn,
         HAS_BIAS=bias is not None,
@@ -285,7 +283,7 @@ def _linear_cpu(
 ) -> tuple[Tensor, Tensor]:
     if weight.stride(1) == 1 and _runtime.native_products(x):
         other = None if residual is None else _check.as_rows(residual)
-        kind, bias = ACTIVATIONS[activation or None], None if bias is None else bias.contiguous()
+        kind, bias = _check.ACTIVATIONS[activation or None], None if bias is None else bias.contiguous()
         y, pre = _native.ops().linear(_check.as_rows(x), weight, bias, other, kind, keep and kind > 0)
         return _check.as_shape(y, (*x.shape[:-1], weight.shape[0])), pre
     y = _product_cpu(x.reshape(-1, x.shape[-1]), weight, bias, batch_invariant)
@@ -466,7 +464,7 @@ def linear(
     routine there is may serve. Differentiable in x, weight, bias and residual.
     Raises ValueError on a shape, dtype, device or activation that does not fit.
     """
-    if activation not in ACTIVATIONS:
+    if activation not in _check.ACTIVATIONS:
         _check.fail("linear", "activation must be None, 'gelu' or 'gelu_tanh'", repr(activation))
     _check_arguments("linear", x, weight, bias, residual, ("x", "weight", "bias"))
     inputs = (x, weight, bias, residual)

@@ -20,7 +20,6 @@ from torch import Tensor
 from gpt2_kernels import _check, _native, _runtime, reference
 from gpt2_kernels._runtime import register
 
-ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 MAX_K = 65536  # the sums of more products might not fit in 32 bits
 
 
@@ -32,7 +31,7 @@ def _linear_int8_cpu(
     shape = (*x.shape[:-1], weight.shape[0])
     if weight.stride(1) == 1 and _runtime.native_int8(x):
         bias = None if bias is None else bias.contiguous()
-        kind = ACTIVATIONS[activation or None]
+        kind = _check.ACTIVATIONS[activation or None]
         return _check.as_shape(_native.ops().linear_int8(rows, weight, scale.contiguous(), bias, other, kind), shape)
     rounded, x_scale = reference.round_rows(reference.wide(rows))
     y = torch._int_mm(rounded, weight.T).float() * (scale * x_scale)
@@ -79,7 +78,7 @@ def linear_int8(
     Raises ValueError on a shape, dtype, device or activation that does not fit.
     """
     op = "linear_int8"
-    if activation not in ACTIVATIONS:
+    if activation not in _check.ACTIVATIONS:
         _check.fail(op, "activation must be None, 'gelu' or 'gelu_tanh'", repr(activation))
     if x.device.type not in ("cpu", "meta"):
         _check.fail(op, "x must be on the CPU", x.device)
