@@ -32,7 +32,7 @@ class IdleDecoder(Decoder):
     """Has every text's next tokens at once, the same for all."""
 
     def run(self, steps: int) -> Drawn:
-        return Drawn(torch.full((steps, len(self.sequences)), 300, dtype=torch.int64), None)
+        return Drawn(torch.full((steps, len(self.samples)), 300, dtype=torch.int64), None)
 
 
 def microseconds(options: dict[str, Any]) -> dict[str, float]:

@@ -261,11 +261,12 @@ def _cache_blocks(model: GPT2, max_batch: int) -> int | None:
     """
     if model.device.type != "cpu":
         return None
+    from gpt2.cache import block_bytes
+
     config = model.config
-    size = model.dtype.itemsize
-    a_block = 2 * config.n_layer * config.n_embd * BLOCK_SIZE * size
     longest = -(-config.n_positions // BLOCK_SIZE)
-    wanted = max(MIN_CACHE_BYTES, config.num_parameters * size) // a_block
+    wanted = max(MIN_CACHE_BYTES, config.num_parameters * model.dtype.itemsize)
+    wanted //= block_bytes(model, BLOCK_SIZE, model.dtype)
     return max(longest, min(wanted, max_batch * longest))
 
 

@@ -34,10 +34,9 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._references = [0] * num_blocks
-        self._plain: OrderedDict[int, None] = OrderedDict.fromkeys(
-            reversed(range(num_blocks))
-        )  # free, contents worthless
-        self._cached: OrderedDict[int, None] = OrderedDict()  # free, contents known by a hash
+        # Free blocks, in the order in which they became free: those of worthless contents, those known by a hash.
+        self._plain: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(num_blocks)))
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 

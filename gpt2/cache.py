@@ -29,11 +29,10 @@ class PagedCache:
         self, model: GPT2, *, num_blocks: int | None, block_size: int, max_batch: int, dtype: torch.dtype | None
     ) -> None:
         config = model.config
-        dtype = dtype or model.cache_dtype
-        if dtype not in (model.cache_dtype, FLOAT8):
-            raise ValueError(f"Engine: cache_dtype must be {model.cache_dtype} or {FLOAT8}, got {dtype}")
-        heads = model.cache_heads
-        bytes_a_block = 2 * config.n_layer * heads * config.head_dim * block_size * dtype.itemsize
+        dtype = dtype or model.dtype
+        if dtype not in (model.dtype, FLOAT8):
+            raise ValueError(f"Engine: cache_dtype must be {model.dtype} or {FLOAT8}, got {dtype}")
+        bytes_a_block = block_bytes(model, block_size, dtype)
         if num_blocks is None:
             most = max_batch * -(-config.n_positions // block_size)
             num_blocks = max(1, min(most, int(_free_memory(model.device)) // bytes_a_block))
@@ -43,7 +42,7 @@ class PagedCache:
         scales = _calibrate(model) if dtype == FLOAT8 else [(None, None)] * config.n_layer
         # A head's rows lie side by side. Not filled: a slot is written before it is read, and untouched pages cost a
         # CPU no memory.
-        shape = (config.n_layer, 2, num_blocks, heads, block_size, config.head_dim)
+        shape = (config.n_layer, 2, num_blocks, model.cache_heads, block_size, config.head_dim)
         storage = torch.empty(shape, dtype=dtype, device=model.device)
         self._bytes = storage.view(torch.uint8)  # contents to be moved, whatever they mean
         self.layers = [
@@ -74,6 +73,11 @@ class PagedCache:
         return upload(values, torch.int64, self._bytes.device)
 
 
+def block_bytes(model: GPT2, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a block: keys and values of all layers."""
+    return 2 * model.config.n_layer * model.cache_heads * model.config.head_dim * block_size * dtype.itemsize
+
+
 def upload(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor on the device; on a GPU through pinned memory, so that the host does not wait."""
     if device.type == "cpu":
@@ -93,8 +97,7 @@ def _calibrate(model: GPT2) -> list[tuple[Tensor, Tensor]]:
     places = torch.arange(length, device=model.device)
     shape = (1, length, model.cache_heads, config.head_dim)
     cache = [
-        LayerCache(*torch.empty((2, *shape), dtype=model.cache_dtype, device=model.device))
-        for _ in range(config.n_layer)
+        LayerCache(*torch.empty((2, *shape), dtype=model.dtype, device=model.device)) for _ in range(config.n_layer)
     ]
     lengths = torch.tensor([length], dtype=torch.int32, device=model.device)
     batch = PagedBatch(

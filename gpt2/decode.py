@@ -72,6 +72,15 @@ class Rows:
         history = None if self.history is None else self.history[:n]
         return Rows(self.ints[:, :n], self.floats[:, :n], self.contexts[:n], self.table[:n], history)
 
+    def put(self, target: slice | Tensor, rows: Rows, source: slice | Tensor) -> None:
+        """Copy `source` of `rows` to `target` of these."""
+        self.ints[:, target] = rows.ints[:, source]
+        self.floats[:, target] = rows.floats[:, source]
+        self.contexts[target] = rows.contexts[source]
+        self.table[target] = rows.table[source]
+        if self.history is not None and rows.history is not None:
+            self.history[target] = rows.history[source]
+
     def place(self, block_size: int) -> None:
         """Find the cache slot of each row's token, after its position or its blocks have changed."""
         position = self.ints[POSITION]
@@ -135,15 +144,14 @@ def _to_host(tensor: Tensor) -> Tensor:
 class Decoder:
     """The rows of all texts that decode, and the step that advances them.
 
-    sequences: the text of each row, in the order of rows; rows past them are idle.
+    samples: whose text each row is, in the order of rows; rows past them are idle.
     """
 
     def __init__(self, model: GPT2, cache: PagedCache, *, rows: int, most_steps: int, cuda_graphs: bool) -> None:
         self.model, self.cache = model, cache
         self.device = device = model.device
-        self.sequences: list[Text] = []
+        self.samples: list[Sample] = []
         self._row_of: dict[Text, int] = {}
-        self._samples: list[Sample] = []
         if cuda_graphs:
             rows = bucket(rows)
         self.width = -(-model.config.n_positions // cache.block_size)
@@ -170,49 +178,36 @@ class Decoder:
 
     def join(self, samples: list[Sample], rows: Rows, chosen: list[int] | None = None) -> None:
         """Append the rows of texts; `chosen` are those of `rows`, all unless given."""
-        first, last = len(self.sequences), len(self.sequences) + len(samples)
+        if rows.history is not None and self._rows.history is None:
+            shape = (self._rows.contexts.shape[0], self.model.config.vocab_size)
+            self._rows.history = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        first = len(self.samples)
         picked = slice(None) if chosen is None else upload(chosen, torch.int64, self.device)
-        self._rows.ints[:, first:last] = rows.ints[:, picked]
-        self._rows.floats[:, first:last] = rows.floats[:, picked]
-        self._rows.contexts[first:last] = rows.contexts[picked]
-        self._rows.table[first:last] = rows.table[picked]
-        if rows.history is not None:
-            if self._rows.history is None:
-                shape = (self._rows.contexts.shape[0], self.model.config.vocab_size)
-                self._rows.history = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            self._rows.history[first:last] = rows.history[picked]
+        self._rows.put(slice(first, first + len(samples)), rows, picked)
         for row, sample in enumerate(samples, first):
-            self.sequences.append(sample.sequence)
-            self._samples.append(sample)
+            self.samples.append(sample)
             self._row_of[sample.sequence] = row
 
     def keep(self, wanted: list[Text]) -> None:
         """Drop the rows of all texts but these, and move the last rows into the gaps."""
-        if len(wanted) == len(self.sequences):
+        if len(wanted) == len(self.samples):
             return
         staying = set(wanted)
         n = len(staying)
-        gaps = [row for row, s in enumerate(self.sequences[:n]) if s not in staying]
-        moved = [row for row in range(n, len(self.sequences)) if self.sequences[row] in staying]
+        gaps = [row for row, s in enumerate(self.samples[:n]) if s.sequence not in staying]
+        moved = [row for row in range(n, len(self.samples)) if self.samples[row].sequence in staying]
         if gaps:
             source, target = upload([moved, gaps], torch.int64, self.device)
-            rows = self._rows
-            rows.ints[:, target] = rows.ints[:, source]
-            rows.floats[:, target] = rows.floats[:, source]
-            rows.contexts[target] = rows.contexts[source]
-            rows.table[target] = rows.table[source]
-            if rows.history is not None:
-                rows.history[target] = rows.history[source]
+            self._rows.put(target, self._rows, source)
             for to, row in zip(gaps, moved):
-                self.sequences[to], self._samples[to] = self.sequences[row], self._samples[row]
+                self.samples[to] = self.samples[row]
         self._rows.contexts[n:] = 0
-        del self.sequences[n:], self._samples[n:]
-        self._row_of = {s: row for row, s in enumerate(self.sequences)}
+        del self.samples[n:]
+        self._row_of = {s.sequence: row for row, s in enumerate(self.samples)}
 
     def clear(self) -> None:
         """Drop every row, in whatever state an interrupted call has left them."""
-        self.sequences.clear()
-        self._samples.clear()
+        self.samples.clear()
         self._row_of.clear()
         self._rows.contexts.zero_()
 
@@ -232,8 +227,8 @@ class Decoder:
 
     def run(self, steps: int) -> Drawn:
         """Advance every row by `steps` tokens, or to its end."""
-        n = len(self.sequences)
-        params = [s.request.params for s in self._samples]
+        n = len(self.samples)
+        params = [s.request.params for s in self.samples]
         top = most_logprobs(params, self.model.config.vocab_size)
         penalties = any(p.repetition_penalty != 1.0 for p in params)
         if top and top not in self._details:

@@ -315,7 +315,7 @@ class Engine:
         started = []
         if plan.decode:
             drawn = decoder.run(plan.steps)
-            started.append(Started([self._sample_of[s] for s in decoder.sequences], drawn))
+            started.append(Started(list(decoder.samples), drawn))
         if plan.prefill:
             started += self._prefill(plan.prefill)
         return started

@@ -198,11 +198,6 @@ class GPT2(nn.Module):
         assert isinstance(block, Block)
         return block.attn.heads[1]
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """dtype of keys and values."""
-        return self.dtype
-
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of token ids (B, T) int64: row t scores what may follow tokens[:, :t + 1].
 
