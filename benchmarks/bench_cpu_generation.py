@@ -1,10 +1,12 @@
-"""Generation on a CPU beside transformers and CTranslate2, all in one process, on one random GPT-2 124M.
+"""Generation on a CPU beside transformers and CTranslate2, all in one run, on one random GPT-2 124M.
 
     python -m benchmarks.bench_cpu_generation --out benchmarks/results/cpu/generation/DATE.json
 
 Every contender answers the same prompts of 64 tokens with 32 new ones, greedily, at batch 1, 16 and 64; a number is
 total new tokens over wall time, prefill included. Contenders take turns (A B C .. A B C ..) and the best of `--rounds`
 counts for each: on a shared machine the best run is the one least disturbed, and every contender gets as many tries.
+Each lives in a process of its own, asleep while another computes: two libraries' pools of OpenMP threads in one process
+are more threads than cores, and libgomp then puts a waiting thread to sleep at once, 30 us at every parallel loop.
 Peers run where they are installed (`pip install '.[bench]'`).
 
 What limits us: decoding one text reads all matrices once a token, 124M elements (`bytes`), and the row "decode" says
@@ -15,12 +17,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +39,18 @@ PROMPT, NEW = 64, 32
 Contender = Callable[[list[list[int]]], list[list[int]]]  # prompts -> new tokens
 
 
-def ours(folder: Path, dtype: torch.dtype) -> tuple[Contender, Engine]:
-    model = GPT2.from_pretrained(folder, device="cpu", dtype=dtype)
+def ours(folder: Path, kind: str) -> tuple[Contender, Engine]:
+    model = GPT2.from_pretrained(folder, device="cpu", dtype=getattr(torch, kind))
     blocks = max(BATCHES) * -(-(PROMPT + NEW) // 16)
     engine = Engine(model, max_batch=max(BATCHES), num_blocks=blocks, prefix_caching=False)
     params = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
     return lambda prompts: [c.outputs[0].tokens for c in engine.generate(prompts, params)], engine
 
 
-def transformers_generate(folder: Path, dtype: torch.dtype) -> Contender:
+def transformers_generate(folder: Path, kind: str) -> Contender:
     from transformers import GPT2LMHeadModel
 
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, kind)).eval()
 
     @torch.no_grad()
     def generate(prompts: list[list[int]]) -> list[list[int]]:
@@ -56,12 +61,11 @@ def transformers_generate(folder: Path, dtype: torch.dtype) -> Contender:
     return generate
 
 
-def ctranslate2_generate(folder: Path, compute_type: str) -> Contender:
+def ctranslate2_generate(folder: Path, kind: str) -> Contender:
     import ctranslate2
 
-    generator = ctranslate2.Generator(
-        str(folder), compute_type=compute_type, inter_threads=1, intra_threads=torch.get_num_threads()
-    )
+    threads = torch.get_num_threads()
+    generator = ctranslate2.Generator(str(folder), compute_type=kind, inter_threads=1, intra_threads=threads)
 
     def generate(prompts: list[list[int]]) -> list[list[int]]:
         results = generator.generate_batch(
@@ -106,72 +110,111 @@ def read_bandwidth() -> float:
     return x.numel() * 4 / min(times)
 
 
-def decode_step(engine: Engine, prompt: list[int], rounds: int) -> float:
-    """Seconds of a decode step of one text, at best."""
+def decode_step(engine: Engine, rounds: int) -> tuple[float, int]:
+    """Seconds of a decode step of one text, at best, and the bytes of the matrices that it reads."""
     best = float("inf")
     for _ in range(rounds):
-        engine.add(prompt, SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True))
+        engine.add(list(range(PROMPT)), SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True))
         engine.step()
         while engine.unfinished:
             start = time.perf_counter()
             engine.step()
             best = min(best, time.perf_counter() - start)
-    return best
+    matrices = [p for p in engine.model.parameters() if p.dim() == 2 and p is not engine.model.wpe.weight]
+    return best, sum(p.numel() * p.element_size() for p in matrices)
 
 
-def contenders(folder: Path, converted: Path) -> tuple[dict[str, Contender], dict[str, Engine]]:
-    found: dict[str, Contender] = {}
-    engines: dict[str, Engine] = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        name = f"ours {str(dtype).removeprefix('torch.')}"
-        found[name], engines[name] = ours(folder, dtype)
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            found[f"transformers {str(dtype).removeprefix('torch.')}"] = transformers_generate(folder, dtype)
-    except ImportError as e:
-        print(f"transformers is left out: {e}")
-    try:
-        convert_for_ctranslate2(folder, converted)
-        for compute_type in ("float32", "int8"):
-            found[f"CTranslate2 {compute_type}"] = ctranslate2_generate(converted, compute_type)
-    except ImportError as e:
-        print(f"CTranslate2 is left out: {e}")
-    return found, engines
+def serve(name: str, folder: Path, converted: Path, requests: Connection) -> None:
+    """A contender's process: prompts -> (seconds, answers), or a number of rounds -> `decode_step`."""
+    (who, kind), engine = name.split(), None
+    if who == "ours":
+        contender, engine = ours(folder, kind)
+    elif who == "transformers":
+        contender = transformers_generate(folder, kind)
+    else:
+        contender = ctranslate2_generate(converted, kind)
+    requests.send("ready")
+    while (request := requests.recv()) is not None:
+        if isinstance(request, int):
+            assert engine is not None
+            requests.send(decode_step(engine, request))
+        else:
+            start = time.perf_counter()
+            answers = contender(request)
+            requests.send((time.perf_counter() - start, answers))
+
+
+class Process:
+    """A contender in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, converted: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, folder, converted, there), daemon=True)
+        self._process.start()
+        there.close()  # so that an end of the other process is seen here
+        self._here.recv()
+
+    def __call__(self, request: Any) -> Any:
+        self._here.send(request)
+        return self._here.recv()
+
+    def end(self) -> None:
+        self._here.send(None)
+        self._process.join()
+
+
+def contenders() -> list[str]:
+    """Those that are installed."""
+    found = [f"ours {kind}" for kind in ("float32", "bfloat16", "int8")]
+    for library, names in (
+        ("transformers", ["transformers float32", "transformers bfloat16"]),
+        ("ctranslate2", ["CTranslate2 float32", "CTranslate2 int8"]),
+    ):
+        if importlib.util.find_spec(library) is None:
+            print(f"{library} is not installed and left out")
+        else:
+            found += names
+    return found
 
 
 def measure(batches: list[int], rounds: int) -> dict[str, Any]:
+    names = contenders()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "gpt2"
+        folder, converted = Path(scratch) / "gpt2", Path(scratch) / "ctranslate2"
         torch.manual_seed(0)
         GPT2(PRESETS["gpt2"]).save_pretrained(folder)
-        found, engines = contenders(folder, Path(scratch) / "ctranslate2")
+        if any(name.startswith("CTranslate2") for name in names):
+            convert_for_ctranslate2(folder, converted)
+        processes = {name: Process(name, folder, converted) for name in names}
         speeds: dict[str, dict[str, float]] = {}
         for batch in batches:
             generator = torch.Generator().manual_seed(batch)
             vocabulary = PRESETS["gpt2"].vocab_size - 1  # no end of text inside a prompt
             prompts = torch.randint(vocabulary, (batch, PROMPT), generator=generator).tolist()
-            for contender in found.values():  # warms caches, allocators and thread pools
-                contender(prompts[:4])
-            best = dict.fromkeys(found, float("inf"))
+            for process in processes.values():  # warms caches, allocators and thread pools
+                process(prompts[:4])
+            best = dict.fromkeys(names, float("inf"))
             for _ in range(rounds):
-                for name, contender in found.items():
+                for name, process in processes.items():
                     time.sleep(0.3)  # until the threads of the one before have stopped waiting for work
-                    start = time.perf_counter()
-                    answers = contender(prompts)
-                    best[name] = min(best[name], time.perf_counter() - start)
+                    seconds, answers = process(prompts)
+                    best[name] = min(best[name], seconds)
                     if [len(a) for a in answers] != [NEW] * batch:
                         raise RuntimeError(f"{name}: {NEW} tokens a prompt were asked for, got {answers}")
             speeds[str(batch)] = {name: batch * NEW / seconds for name, seconds in best.items()}
         results: dict[str, Any] = {"tokens_per_second": speeds}
         if 1 in batches:
+            time.sleep(0.3)
             bandwidth = read_bandwidth()
             results |= {"read_GB_per_s": bandwidth / 1e9, "decode_batch_1": {}}
-            for name, engine in engines.items():
-                matrices = [p for p in engine.model.parameters() if p.dim() == 2 and p is not engine.model.wpe.weight]
-                size = sum(p.numel() * p.element_size() for p in matrices)
-                seconds = decode_step(engine, list(range(PROMPT)), rounds)
-                share = size / seconds / bandwidth
-                results["decode_batch_1"][name] = {"ms": seconds * 1e3, "bytes": size, "share_of_bandwidth": share}
+            for name in names:
+                if name.startswith("ours"):
+                    seconds, size = processes[name](rounds)
+                    share = size / seconds / bandwidth
+                    results["decode_batch_1"][name] = {"ms": seconds * 1e3, "bytes": size, "share_of_bandwidth": share}
+        for process in processes.values():
+            process.end()
     return results
 
 

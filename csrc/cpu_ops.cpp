@@ -1,6 +1,7 @@
 // The CPU operators of gpt2_kernels: paged attention over a block cache, the write of new keys and values into it,
-// products with a fused epilogue, in int8 too, layer norm, GELU, sampling. Checks and registration; cpu_attention.h,
-// cpu_linear.h and cpu_sample.h split the work, the _tile.h files hold the arithmetic over the registers of cpu_lanes.h.
+// products with a fused epilogue, in int8 too, layer norm, GELU, a whole layer of these; sampling, and the step from one
+// token to the next. Checks and registration; cpu_attention.h, cpu_linear.h and cpu_sample.h split the work, the _tile.h
+// files hold the arithmetic over the registers of cpu_lanes.h.
 //
 // Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.13;
 // compiled at first use by gpt2_kernels/_native.py, which says why.
@@ -82,6 +83,18 @@ void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache) 
   check_unit_stride(op, "v_cache", v_cache);
 }
 
+void check_vector(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t length) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.numel() == length && x.is_contiguous(), op, ": ", name, " must be ",
+                  length, " contiguous values of ", name_of(dtype), ", got ", x.numel(), " of ",
+                  name_of(x.scalar_type()));
+}
+
+template <class T>
+const T* vector_of(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t length) {
+  check_vector(op, name, x, dtype, length);
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
 struct RowCopy {  // copies (kv heads, D) of one token; strides in bytes
   const char* source;
   char* target;
@@ -104,10 +117,8 @@ struct RowCopy {  // copies (kv heads, D) of one token; strides in bytes
   }
 };
 
-// k, v (N, Hkv, D) -> caches (num_blocks, block_size, Hkv, D) at slots (N,) = block * block_size + offset; -1 skips a
-// token.
-void append_kv_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
-  const char* op = "append_kv_";
+void check_append(const char* op, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                  const Tensor& slots) {
   check_dims(op, "k", k, 3, "(tokens, kv heads, head dim)");
   check_dims(op, "v", v, 3, "(tokens, kv heads, head dim)");
   check_dims(op, "slots", slots, 1, "(tokens,)");
@@ -118,7 +129,7 @@ void append_kv_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const T
   STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Long, op, ": slots must be int64, got ",
                   name_of(slots.scalar_type()));
   check_caches(op, k_cache, v_cache);
-  const int64_t tokens = k.size(0), heads = k.size(1), head_dim = k.size(2), block_size = k_cache.size(1);
+  const int64_t tokens = k.size(0), heads = k.size(1), head_dim = k.size(2);
   check_size(op, "v's tokens", v.size(0), tokens);
   check_size(op, "v's kv heads", v.size(1), heads);
   check_size(op, "v's head dim", v.size(2), head_dim);
@@ -127,12 +138,21 @@ void append_kv_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const T
   check_size(op, "the length of slots", slots.size(0), tokens);
   check_unit_stride(op, "k", k);
   check_unit_stride(op, "v", v);
-  const int64_t capacity = k_cache.size(0) * block_size, slot_stride = slots.stride(0);
+  const int64_t capacity = k_cache.size(0) * k_cache.size(1);
   const int64_t* slot_of = static_cast<const int64_t*>(slots.const_data_ptr());
   for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t slot = slot_of[token * slot_stride];
+    const int64_t slot = slot_of[token * slots.stride(0)];
     STD_TORCH_CHECK(slot >= -1 && slot < capacity, op, ": slots must lie in -1..", capacity - 1, ", got ", slot);
   }
+}
+
+// k, v (N, Hkv, D) -> caches (num_blocks, block_size, Hkv, D) at slots (N,) = block * block_size + offset; -1 skips a
+// token.
+void append_kv_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
+  check_append("append_kv_", k, v, k_cache, v_cache, slots);
+  const int64_t tokens = k.size(0), heads = k.size(1), head_dim = k.size(2), block_size = k_cache.size(1);
+  const int64_t* slot_of = static_cast<const int64_t*>(slots.const_data_ptr());
+  const int64_t slot_stride = slots.stride(0);
   const int64_t bytes = k.element_size(), row_bytes = head_dim * bytes;
   if (tokens * heads * row_bytes == 0) return;
   const RowCopy copy_k(k, k_cache, bytes), copy_v(v, v_cache, bytes);
@@ -147,12 +167,9 @@ void append_kv_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const T
   });
 }
 
-// q (Nq, H, D), caches (num_blocks, block_size, Hkv, D), block_table (S, max_blocks), context_lens (S,), cu_seqlens_q
-// (S + 1,)
-// -> (Nq, H, D). The queries of a sequence are its last positions; position p sees the keys p - window < j <= p.
-Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                       const Tensor& context_lens, const Tensor& cu_seqlens_q, double scale, int64_t window) {
-  const char* op = "paged_attention";
+AttentionShape check_paged_attention(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                     const Tensor& block_table, const Tensor& context_lens, const Tensor& cu_seqlens_q,
+                                     double scale, int64_t window) {
   check_dims(op, "q", q, 3, "(queries, heads, head dim)");
   check_dims(op, "block_table", block_table, 2, "(sequences, max_blocks)");
   check_dims(op, "context_lens", context_lens, 1, "(sequences,)");
@@ -183,15 +200,77 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
                              int(head_dim),
                              int((head_dim + 15) / 16 * 16),
                              float(scale)};
+  check_sequences(op, Sequences(block_table, context_lens, cu_seqlens_q), shape, k_cache.size(0), q.size(0));
+  return shape;
+}
+
+// q (Nq, H, D), caches (num_blocks, block_size, Hkv, D), block_table (S, max_blocks), context_lens (S,), cu_seqlens_q
+// (S + 1,)
+// -> (Nq, H, D). The queries of a sequence are its last positions; position p sees the keys p - window < j <= p.
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                       const Tensor& context_lens, const Tensor& cu_seqlens_q, double scale, int64_t window) {
+  const AttentionShape shape = check_paged_attention("paged_attention", q, k_cache, v_cache, block_table, context_lens,
+                                                     cu_seqlens_q, scale, window);
   const Sequences all(block_table, context_lens, cu_seqlens_q);
-  check_sequences(op, all, shape, k_cache.size(0), q.size(0));
-  Tensor out = torch::stable::new_empty(q, {q.size(0), heads, head_dim});
+  Tensor out = torch::stable::new_empty(q, {q.size(0), shape.heads, shape.head_dim});
   if (q.scalar_type() == ScalarType::Float) {
     attend_all<float>(shape, all, q, k_cache, v_cache, out);
   } else {
     attend_all<BFloat16Bits>(shape, all, q, k_cache, v_cache, out);
   }
   return out;
+}
+
+// The state of S decoding texts brought forward by the token drawn for each: gpt2_kernels.reference.advance_.
+void advance_(const Tensor& drawn, const Tensor& tokens, const Tensor& positions, const Tensor& slots,
+              const Tensor& context_lens, const Tensor& limits, const Tensor& ends, const Tensor& block_table,
+              const Tensor& record, const Tensor& count, int64_t block_size) {
+  const char* op = "advance_";
+  const int64_t S = drawn.numel();
+  const auto longs = [&](const char* name, const Tensor& x, int64_t length) {
+    check_vector(op, name, x, ScalarType::Long, length);
+    return static_cast<int64_t*>(x.mutable_data_ptr());
+  };
+  const int64_t *draws = longs("drawn", drawn, S), *limit = longs("limits", limits, S), *end = longs("ends", ends, S);
+  int64_t *token = longs("tokens", tokens, S), *position = longs("positions", positions, S),
+          *slot = longs("slots", slots, S), *step = longs("count", count, 1);
+  check_vector(op, "context_lens", context_lens, ScalarType::Int, S);
+  int32_t* context = static_cast<int32_t*>(context_lens.mutable_data_ptr());
+  check_dims(op, "block_table", block_table, 2, "(S, max_blocks)");
+  check_int32(op, "block_table", block_table);
+  check_size(op, "the rows of block_table", block_table.size(0), S);
+  check_dims(op, "record", record, 2, "(steps, S)");
+  check_size(op, "the columns of record", record.size(1), S);
+  check_unit_stride(op, "record", record);
+  STD_TORCH_CHECK(record.scalar_type() == ScalarType::Long, op, ": record must be int64, got ",
+                  name_of(record.scalar_type()));
+  STD_TORCH_CHECK(block_size >= 1, op, ": block_size must be >= 1, got ", block_size);
+  STD_TORCH_CHECK(*step >= 0 && *step < record.size(0), op, ": count must lie in 0..", record.size(0) - 1, ", got ",
+                  *step);
+  const auto goes_on = [&](int64_t s) {
+    return context[s] > 0 && draws[s] != end[s] && position[s] + 2 < limit[s];  // its length with the drawn token
+  };
+  const int64_t room = block_table.size(1) * block_size;
+  for (int64_t s = 0; s < S; ++s) {
+    STD_TORCH_CHECK(!goes_on(s) || (position[s] >= -1 && position[s] + 1 < room), op,
+                    ": positions must lie in -1..", room - 2, " (before the last place of block_table), got ", position[s]);
+  }
+  const int32_t* table = static_cast<const int32_t*>(block_table.const_data_ptr());
+  int64_t* row = static_cast<int64_t*>(record.mutable_data_ptr()) + (*step)++ * record.stride(0);
+  for (int64_t s = 0; s < S; ++s) {
+    const bool active = context[s] > 0, on = goes_on(s);
+    row[s] = active ? draws[s] : -1;
+    if (active) {
+      token[s] = draws[s];
+      ++position[s];
+    }
+    context[s] = on ? int32_t(position[s] + 1) : 0;
+    slot[s] = -1;
+    if (on) {
+      const int64_t block = table[s * block_table.stride(0) + position[s] / block_size * block_table.stride(1)];
+      slot[s] = block * block_size + position[s] % block_size;
+    }
+  }
 }
 
 template <class T>
@@ -268,14 +347,6 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
   return {y, statistics};
 }
 
-template <class T>
-const T* vector_of(const char* name, const Tensor& x, ScalarType dtype, int64_t length) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.numel() == length && x.is_contiguous(), "sample: ", name, " must be ",
-                  length, " contiguous values of ", name_of(dtype), ", got ", x.numel(), " of ",
-                  name_of(x.scalar_type()));
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
 // logits (S, V), each option (S,), history (S, V) bool -> tokens (S,) int64, their log-probabilities (S,), and the ids
 // and log-probabilities (S, top_logprobs) of the likeliest.
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
@@ -289,14 +360,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Te
   STD_TORCH_CHECK(V >= 1 && top_logprobs >= 0 && top_logprobs <= V, "sample: top_logprobs must lie in 0..", V,
                   ", got ", top_logprobs);
   STD_TORCH_CHECK(history.has_value() == penalty.has_value(), "sample: history and penalty go together");
-  const float* temperatures = vector_of<float>("temperature", temperature, ScalarType::Float, S);
-  const int64_t* ks = vector_of<int64_t>("top_k", top_k, ScalarType::Long, S);
-  const float* top_ps = vector_of<float>("top_p", top_p, ScalarType::Float, S);
-  const float* min_ps = vector_of<float>("min_p", min_p, ScalarType::Float, S);
-  const int64_t* seed = vector_of<int64_t>("seeds", seeds, ScalarType::Long, S);
-  const int64_t* position = vector_of<int64_t>("positions", positions, ScalarType::Long, S);
-  const bool* seen = history ? vector_of<bool>("history", *history, ScalarType::Bool, S * V) : nullptr;
-  const float* penalties = penalty ? vector_of<float>("penalty", *penalty, ScalarType::Float, S) : nullptr;
+  const float* temperatures = vector_of<float>("sample", "temperature", temperature, ScalarType::Float, S);
+  const int64_t* ks = vector_of<int64_t>("sample", "top_k", top_k, ScalarType::Long, S);
+  const float* top_ps = vector_of<float>("sample", "top_p", top_p, ScalarType::Float, S);
+  const float* min_ps = vector_of<float>("sample", "min_p", min_p, ScalarType::Float, S);
+  const int64_t* seed = vector_of<int64_t>("sample", "seeds", seeds, ScalarType::Long, S);
+  const int64_t* position = vector_of<int64_t>("sample", "positions", positions, ScalarType::Long, S);
+  const bool* seen = history ? vector_of<bool>("sample", "history", *history, ScalarType::Bool, S * V) : nullptr;
+  const float* penalties = penalty ? vector_of<float>("sample", "penalty", *penalty, ScalarType::Float, S) : nullptr;
   Tensor tokens = torch::stable::new_empty(logits, {S}, ScalarType::Long);
   Tensor logprobs = torch::stable::new_empty(logits, {S}, ScalarType::Float);
   Tensor top_ids = torch::stable::new_empty(logits, {S, top_logprobs}, ScalarType::Long);
@@ -436,6 +507,72 @@ Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   return y;
 }
 
+// x (N, K), weight (M, K) with bias (M,); in int8 where it has a scale (M,).
+Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias, const MaybeTensor& scale,
+               const MaybeTensor& residual, int64_t activation) {
+  if (scale) return linear_int8(x, weight, *scale, bias, residual, activation);
+  return std::get<0>(linear(x, weight, bias, residual, activation, false));
+}
+
+void check_vector_like(const char* op, const char* name, const Tensor& v, const Tensor& x, int64_t length) {
+  STD_TORCH_CHECK(v.scalar_type() == x.scalar_type() && v.numel() == length && v.is_contiguous(), op, ": ", name,
+                  " must be ", length, " contiguous values of ", name_of(x.scalar_type()), ", got ", v.numel(), " of ",
+                  name_of(v.scalar_type()));
+}
+
+// One layer of a GPT-2 over packed tokens x (N, C), the seven operators above in one call and with their bits. weights:
+// weight and bias of ln_1, c_attn, attn.c_proj, ln_2, c_fc and mlp.c_proj; scales: of the four matrices in int8, or none.
+Tensor paged_layer_(const Tensor& x, const std::vector<Tensor> weights, const std::vector<Tensor> scales,
+                    const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots, const Tensor& block_table,
+                    const Tensor& context_lens, const Tensor& cu_seqlens_q, double scale, double eps,
+                    int64_t activation) {
+  // All of it is looked at before the cache is written.
+  const char* op = "paged_layer_";
+  check_size(op, "the number of weights", int64_t(weights.size()), 12);
+  if (!scales.empty()) check_size(op, "the number of scales", int64_t(scales.size()), 4);
+  check_float(op, "x", x);
+  check_dims(op, "x", x, 2, "(N, C)");
+  STD_TORCH_CHECK(x.is_contiguous(), op, ": x must be contiguous");
+  check_caches(op, k_cache, v_cache);
+  const int64_t N = x.size(0), C = x.size(1), heads = k_cache.size(2), head_dim = k_cache.size(3);
+  STD_TORCH_CHECK(heads * head_dim == C, op, ": the cache must have H * D = C = ", C, ", got ", heads, " * ", head_dim);
+  const auto scale_of = [&](int i) { return scales.empty() ? MaybeTensor() : MaybeTensor(scales[i]); };
+  const auto check_product = [&](const char* name, int i, int64_t rows, int64_t columns) {
+    const Tensor &weight = weights[(const int[]){2, 4, 8, 10}[i]], &bias = weights[(const int[]){3, 5, 9, 11}[i]];
+    const ScalarType dtype = scales.empty() ? x.scalar_type() : ScalarType::Char;
+    check_dims(op, name, weight, 2, "a matrix");
+    STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.size(0) == rows && weight.size(1) == columns, op, ": ", name,
+                    ".weight must be (", rows, ", ", columns, ") of ", name_of(dtype), ", got (", weight.size(0), ", ",
+                    weight.size(1), ") of ", name_of(weight.scalar_type()));
+    check_unit_stride(op, name, weight);
+    check_vector_like(op, name, bias, x, rows);
+    if (!scales.empty()) check_vector(op, "a scale", scales[i], ScalarType::Float, rows);
+  };
+  const int64_t width = weights[8].dim() == 2 ? weights[8].size(0) : 0;
+  check_product("c_attn", 0, 3 * C, C);
+  check_product("attn.c_proj", 1, C, C);
+  check_product("c_fc", 2, width, C);
+  check_product("mlp.c_proj", 3, C, width);
+  for (const int i : {0, 1, 6, 7}) check_vector_like(op, i < 2 ? "ln_1" : "ln_2", weights[i], x, C);
+  STD_TORCH_CHECK(scales.empty() || (C <= kMaxInt8K && width <= kMaxInt8K), op, ": K must be <= ", kMaxInt8K);
+  const Tensor rows = torch::stable::view(x, {N, heads, head_dim});  // as queries, keys and values will be
+  check_append(op, rows, rows, k_cache, v_cache, slots);
+  check_paged_attention(op, rows, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, 0);
+
+  const Tensor normed = std::get<0>(layer_norm(x, weights[0], weights[1], eps));
+  const Tensor qkv = product(normed, weights[2], weights[3], scale_of(0), std::nullopt, 0);
+  const Tensor parts = torch::stable::view(qkv, {N, 3, heads, head_dim});
+  const auto part = [&](int64_t i) { return torch::stable::select(parts, 1, i); };
+  append_kv_(part(1), part(2), k_cache, v_cache, slots);
+  const Tensor seen = paged_attention(part(0), k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, 0);
+  const Tensor between =
+      product(torch::stable::view(seen, {N, C}), weights[4], weights[5], scale_of(1), MaybeTensor(x), 0);
+
+  const Tensor again = std::get<0>(layer_norm(between, weights[6], weights[7], eps));
+  const Tensor hidden = product(again, weights[8], weights[9], scale_of(2), std::nullopt, activation);
+  return product(hidden, weights[10], weights[11], scale_of(3), MaybeTensor(between), 0);
+}
+
 #endif  // __x86_64__
 
 // For tests and reports: lowers the instruction set to at most `limit` and returns the one in use (0 portable, 1 AVX2,
@@ -452,6 +589,9 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens, "
       "Tensor cu_seqlens_q, float scale, int window) -> Tensor");
+  m.def(
+      "advance_(Tensor drawn, Tensor(a!) tokens, Tensor(b!) positions, Tensor(c!) slots, Tensor(d!) context_lens, "
+      "Tensor limits, Tensor ends, Tensor block_table, Tensor(e!) record, Tensor(f!) count, int block_size) -> ()");
   m.def("gelu_(Tensor(a!) x, bool tanh) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
   m.def(
@@ -463,18 +603,23 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool keep) -> (Tensor, Tensor)");
   m.def(
       "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+  m.def(
+      "paged_layer_(Tensor x, Tensor[] weights, Tensor[] scales, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+      "Tensor block_table, Tensor context_lens, Tensor cu_seqlens_q, float scale, float eps, int activation) -> Tensor");
 #endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
   m.impl("append_kv_", TORCH_BOX(&append_kv_));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("advance_", TORCH_BOX(&advance_));
   m.impl("gelu_", TORCH_BOX(&gelu_));
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("sample", TORCH_BOX(&sample));
 #if defined(__x86_64__)
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("paged_layer_", TORCH_BOX(&paged_layer_));
 #endif
 }
 

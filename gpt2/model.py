@@ -116,6 +116,30 @@ def _linear(layer: nn.Module, x: Tensor, batch_invariant: bool = True, **options
     return ops.linear(x, weight, bias, batch_invariant=batch_invariant, **options)
 
 
+def _plain_weights(block: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
+    """A block's tensors as `ops.paged_layer_` takes them; None where somebody has made it compute something else.
+
+    Asked for at every token: through `_modules`, since attributes of an nn.Module are ten times slower.
+    """
+    parts: dict[str, Any] = block._modules
+    attn, mlp = parts["attn"], parts["mlp"]
+    linears = attn._modules["c_attn"], attn._modules["c_proj"], mlp._modules["c_fc"], mlp._modules["c_proj"]
+    norms = parts["ln_1"], parts["ln_2"]
+    modules: tuple[Any, ...] = (block, attn, mlp, *linears, *norms)
+    for module, kind in zip(modules, _KINDS):
+        if type(module) is not kind or "forward" in module.__dict__:
+            return None
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+    weights = [p for m in (norms[0], *linears[:2], norms[1], *linears[2:]) for p in m._parameters.values()]
+    if len(weights) != 12 or any(p is None for p in weights):
+        return None
+    return weights, [scale for m in linears for scale in m._buffers.values()]
+
+
+_KINDS: tuple[type[nn.Module], ...] = (Block, SelfAttention, MLP, *[nn.Linear] * 4, *[nn.LayerNorm] * 2)
+
+
 def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
@@ -271,10 +295,34 @@ class GPT2(nn.Module):
     def forward_paged(self, batch: PagedBatch, cache: Sequence[LayerCache]) -> Tensor:
         """Final hidden states (N, C) of packed tokens; their keys and values are written to the cache of each layer."""
         x = self._embed(batch.tokens, batch.positions)
+        in_one_call = cache[0].keys.dtype == x.dtype and ops.has_paged_layer(x, int8=self.is_int8)
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
-            x = block(x, functools.partial(_attend_paged, batch=batch, cache=cache[layer], scale=scale))
+            plain = _plain_weights(block) if in_one_call else None
+            if plain is None:
+                x = block(x, functools.partial(_attend_paged, batch=batch, cache=cache[layer], scale=scale))
+            else:
+                x = self._layer(x, plain, batch, cache[layer], scale)
         return _normalize(self.ln_f, x)
+
+    def _layer(
+        self, x: Tensor, plain: tuple[list[Tensor], list[Tensor]], batch: PagedBatch, cache: LayerCache, scale: float
+    ) -> Tensor:
+        weights, scales = plain
+        return ops.paged_layer_(
+            x,
+            weights,
+            cache.keys,
+            cache.values,
+            batch.slots,
+            batch.block_table,
+            batch.context_lens,
+            batch.cu_seqlens,
+            scale=scale,
+            eps=self.config.layer_norm_epsilon,
+            activation=self.config.activation,
+            weight_scales=scales,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., V) of every token: the output embedding is the input embedding."""

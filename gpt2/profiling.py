@@ -2,7 +2,8 @@
 
 Every operator of `gpt2_kernels` is a range of its own in it, by its own name (`gpt2_kernels::linear`): it is called
 through PyTorch's dispatcher, which the profiler watches while it runs, so nothing is paid where nothing is profiled. On
-a GPU the kernels that it launched stand below. Open the file at https://ui.perfetto.dev or chrome://tracing.
+a GPU the kernels that it launched stand below. A CPU that computes a layer in one call has one range for it,
+`gpt2_kernels_cpu::paged_layer_`. Open the file at https://ui.perfetto.dev or chrome://tracing.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_the_manifest(run: Runner) -> None:
 def test_a_profile_of_a_job(run: Runner) -> None:
     run.write(*plain_lines(2))
     run("--profile", str(run.tmp_path / "trace.json"))
-    assert "gpt2_kernels::paged_attention" in (run.tmp_path / "trace.json").read_text() and len(run.results()) == 2
+    assert "gpt2_kernels::sample" in (run.tmp_path / "trace.json").read_text() and len(run.results()) == 2
 
 
 def test_nothing_to_do(run: Runner) -> None:

@@ -23,6 +23,7 @@ from gpt2_kernels.int8 import linear_int8, quantize
 from gpt2_kernels.kv_cache import append_kv_
 from gpt2_kernels.layernorm import add_layer_norm, layer_norm
 from gpt2_kernels.paged import paged_attention
+from gpt2_kernels.paged_layer import has_paged_layer, paged_layer_
 from gpt2_kernels.sampling import sample
 from gpt2_kernels.sdpa import scaled_dot_product_attention
 
@@ -41,6 +42,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "gelu_mlp",
+    "has_paged_layer",
     "integrations",
     "layer_norm",
     "linear",
@@ -48,6 +50,7 @@ __all__ = [
     "linear_int8",
     "modules",
     "paged_attention",
+    "paged_layer_",
     "path_of",
     "quantize",
     "reference",

@@ -154,7 +154,12 @@ def triton_on_cpu() -> bool:
 
 def native(tensor: torch.Tensor) -> bool:
     """Whether an operation on `tensor` goes to the compiled extension; builds it at the first question."""
-    if tensor.device.type != "cpu" or tensor.dtype not in NATIVE_DTYPES or _forced == "torch":
+    return tensor.dtype in NATIVE_DTYPES and native_indices(tensor)
+
+
+def native_indices(tensor: torch.Tensor) -> bool:
+    """`native` for an operation on integers alone."""
+    if tensor.device.type != "cpu" or _forced == "torch":
         return False
     if _forced == "native" and not _native.load():
         raise RuntimeError(f"the compiled operators were asked for: {_native.status()}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, reference
+from gpt2_kernels import _check, _native, _runtime, reference
 from gpt2_kernels._runtime import launch, register, tl, triton
 
 BLOCK = 256  # texts at a time: enough for the batches there are, and the launch is all the time it takes
@@ -100,12 +100,35 @@ def _advance_triton(
     )
 
 
+def _advance_cpu(
+    drawn: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    limits: Tensor,
+    ends: Tensor,
+    block_table: Tensor,
+    record: Tensor,
+    count: Tensor,
+    block_size: int,
+) -> None:
+    written = tokens, positions, slots, context_lens
+    if not _runtime.native_indices(drawn):
+        advance = reference.advance_
+    else:
+        advance = _native.ops().advance_
+        drawn, limits, ends = drawn.contiguous(), limits.contiguous(), ends.contiguous()
+    advance(drawn, *written, limits, ends, block_table, record, count, block_size)
+
+
 register(
     "advance_(Tensor drawn, Tensor(a!) tokens, Tensor(b!) positions, Tensor(c!) slots, Tensor(d!) context_lens,"
     " Tensor limits, Tensor ends, Tensor block_table, Tensor(e!) record, Tensor(f!) count, int block_size) -> ()",
     triton_impl=_advance_triton,
-    cpu_impl=reference.advance_,
+    cpu_impl=_advance_cpu,
     fake=lambda *args: None,
+    cpu="native",
 )
 
 

@@ -361,6 +361,37 @@ def gelu_mlp(
     return linear(hidden, w2, b2, residual=residual)
 
 
+def paged_layer_(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float,
+    eps: float = 1e-5,
+    activation: str = "gelu_tanh",
+    weight_scales: Sequence[Tensor] = (),
+) -> Tensor:
+    """One layer of a GPT-2, each step of it rounded to the dtype of x; see gpt2_kernels.paged_layer_."""
+    (ln_1, attn, attn_proj, ln_2, fc, mlp_proj), H = zip(weights[::2], weights[1::2]), k_cache.shape[2]
+
+    def product(i: int, x: Tensor, layer: tuple[Tensor, Tensor], **options: Any) -> Tensor:
+        if weight_scales:
+            return linear_int8(x, layer[0], weight_scales[i], layer[1], **options)
+        return linear(x, *layer, **options)
+
+    q, k, v = product(0, layer_norm(x, *ln_1, eps), attn).unflatten(-1, (3, H, -1)).unbind(-3)
+    append_kv_(k, v, k_cache, v_cache, slots)
+    y = paged_attention(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale=scale)
+    x = product(1, y.flatten(-2), attn_proj, residual=x)
+    hidden = product(2, layer_norm(x, *ln_2, eps), fc, activation=activation)
+    return product(3, hidden, mlp_proj, residual=x)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Mean over the rows that count of logsumexp(logits) - logits[target], in nats."""
     kept = targets != ignore_index
