@@ -188,12 +188,18 @@ def native_int8(x: torch.Tensor) -> bool:
     return native(x) and _dot_products() and not _matrix_unit()
 
 
+def multiplies(x: torch.Tensor) -> bool:
+    """Whether the CPU multiplies the dtype of `x` itself, so that PyTorch's products of it are fast."""
+    if x.dtype == torch.bfloat16:
+        return _matrix_unit() or native_products(x)
+    return x.dtype in (torch.float32, torch.float64)
+
+
 def cpu_dtype() -> torch.dtype:
     """The faster dtype to generate in on this CPU: bfloat16 where it multiplies that itself, else float32."""
     if triton_on_cpu():  # the interpreter's bfloat16 is wrong
         return torch.float32
-    fast = _matrix_unit() or native_products(torch.empty(0, dtype=torch.bfloat16))
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies(torch.empty(0, dtype=torch.bfloat16)) else torch.float32
 
 
 def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:

@@ -14,7 +14,7 @@ linear_cross_entropy, FLOPs: 2 R V C forward and 4 R V C for the gradients, whic
 chunk's logits are there: backward would have to make the logits again, 2 R V C more (Hsu et al., 2024, "Liger Kernel").
 Bytes beside the products' operands: R V s written by the first product, read, overwritten by d logits, read by the two
 other products, 5 R V s (a row's second reading comes from L2), and 8 V C for each chunk to add to d weight.
-Memory: the logits of one chunk, at most 1/16 of all; d x and d weight in float32, 4 (R + V) C, for backward.
+Memory: the logits of one chunk, at most 1/16 of all or 512 rows; for backward d x and d weight in float32, 4 (R + V) C.
 Specification: gpt2_kernels.reference.cross_entropy, linear_cross_entropy.
 """
 
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2_kernels import _check, reference
+from gpt2_kernels import _check, _runtime
 from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
 
 MAX_VOCABULARY = 2**30  # columns are counted in int32
-ALIVE = 16  # linear_cross_entropy holds 1 / ALIVE of the logits
+ALIVE = 16  # linear_cross_entropy holds 1 / ALIVE of the logits, or FEWEST_ROWS of them where those are more
+FEWEST_ROWS = 512  # products of fewer rows read the weight, and add to its gradient, for too little work
 ROW_MULTIPLE = 64  # logits of a chunk start on 128 bytes: the products ask for 16, and write whole cache lines
 TILE_ROWS = 128  # chunks hold a multiple of a GEMM's row tile where that costs no further chunk
 
@@ -297,8 +298,8 @@ def _cross_entropy_backward_triton(
 
 
 def _chunk_rows(R: int, row_bytes: int, alive_row_bytes: int) -> int:
-    """Rows of a chunk: R * row_bytes / ALIVE bytes hold it, where each of its rows takes alive_row_bytes."""
-    most = max(1, R * row_bytes // (ALIVE * alive_row_bytes))
+    """Rows of a chunk: R * row_bytes / ALIVE bytes hold it, where each of its rows takes alive_row_bytes, or few do."""
+    most = max(FEWEST_ROWS, R * row_bytes // (ALIVE * alive_row_bytes))
     chunks = max(1, -(-R // most))
     even = max(1, -(-R // chunks))  # as many rows in each
     return min(most, -(-even // TILE_ROWS) * TILE_ROWS)
@@ -429,21 +430,30 @@ def _linear_cross_entropy_cpu(
     V, C = weight.shape
     _check_targets("linear_cross_entropy", targets, V, ignore_index)
     rows, targets = x.reshape(targets.numel(), C), targets.reshape(-1)
-    R, wide = rows.shape[0], reference.wide(weight)
-    chunk = _chunk_rows(R, rows.element_size(), wide.element_size())
+    R, dtype = rows.shape[0], rows.dtype
+    if not _runtime.multiplies(rows):
+        dtype = statistics_dtype(dtype)
+        rows, weight = rows.to(dtype), weight.to(dtype)
     losses, dx, dweight = _outputs(rows, weight, need_dx, need_dweight)
+    chunk = _chunk_rows(R, x.element_size(), losses.element_size())
     buffer = losses.new_empty(min(chunk, R), V)
     for start in range(0, R, chunk):
         part = slice(start, start + chunk)
-        x_part = reference.wide(rows[part])
-        logits = torch.mm(x_part, wide.T, out=buffer[: x_part.shape[0]])
+        logits = buffer[: rows[part].shape[0]]
+        if logits.dtype == dtype:
+            torch.mm(rows[part], weight.T, out=logits)
+        else:
+            logits.copy_(torch.mm(rows[part], weight.T))
         losses[part], _, totals = _rows_cpu_(logits, targets[part], ignore_index)
         if need_dx or need_dweight:
             _gradient_cpu_(logits, targets[part], totals, ignore_index)
+        gradient = logits.to(dtype)
         if need_dx:
-            _add_product_(dx[part], logits, wide, beta=0)
-        if need_dweight:
-            _add_product_(dweight, logits.T, x_part)
+            dx[part] = torch.mm(gradient, weight)
+        if need_dweight and gradient is logits:
+            dweight.addmm_(gradient.T, rows[part])
+        elif need_dweight:
+            dweight += torch.mm(gradient.T, rows[part])
     return *_mean_cpu(losses, targets, ignore_index), dx, dweight
 
 
@@ -563,7 +573,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """cross_entropy(x weight^T, targets) without the logits: x (..., C), weight (V, C), targets (...) int64 -> scalar.
 
-    At most 1/16 of the logits (or one row of them) is alive at a time, in the dtype of x; the loss is float32.
+    At most 1/16 of the logits (or 512 rows) is alive at a time, in the dtype of x; the loss is float32.
     Gradients of x and weight, where they are wanted, are made in the forward pass, summed in float32 in a fixed order
     and rounded once, in backward. Float32 products obey torch.backends.cuda.matmul as torch's own do. Ignored rows,
     targets outside the vocabulary and errors: as in `cross_entropy`.
