@@ -20,13 +20,37 @@ GPT2K_INLINE Lanes load(const BFloat16Bits* source) {  // bfloat16 is the upper 
 
 GPT2K_INLINE void store(float* target, Lanes x) { *reinterpret_cast<LanesInMemory*>(target) = x; }
 
-GPT2K_INLINE void store(BFloat16Bits* target, Lanes x) {  // the bits of store_rounded
+GPT2K_INLINE HalfLanes round_lanes(Lanes x) {  // the bits of store_rounded
   const BitLanes bits = (BitLanes)x;
   const BitLanes rounded = x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : BitLanes{} + 0x7fc0u;
-  *reinterpret_cast<HalfLanesInMemory*>(target) = __builtin_convertvector(rounded, HalfLanes);
+  return __builtin_convertvector(rounded, HalfLanes);
+}
+
+GPT2K_INLINE void store(BFloat16Bits* target, Lanes x) {
+  *reinterpret_cast<HalfLanesInMemory*>(target) = round_lanes(x);
 }
 
 // The first `count` values of a register; the other lanes are 0 when loaded and left alone when stored.
+#if GPT2K_LANES == 16
+GPT2K_INLINE __mmask16 first_lanes(int count) { return __mmask16((1u << count) - 1); }
+
+GPT2K_INLINE Lanes load_some(const float* source, int count) {
+  return (Lanes)_mm512_maskz_loadu_ps(first_lanes(count), source);
+}
+
+GPT2K_INLINE Lanes load_some(const BFloat16Bits* source, int count) {
+  const __m256i half = _mm256_maskz_loadu_epi16(first_lanes(count), source);
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+
+GPT2K_INLINE void store_some(float* target, Lanes x, int count) {
+  _mm512_mask_storeu_ps(target, first_lanes(count), (__m512)x);
+}
+
+GPT2K_INLINE void store_some(BFloat16Bits* target, Lanes x, int count) {
+  _mm256_mask_storeu_epi16(target, first_lanes(count), (__m256i)round_lanes(x));
+}
+#else
 template <class T>
 GPT2K_INLINE Lanes load_some(const T* source, int count) {
   if (count == kLanes) return load(source);
@@ -42,6 +66,7 @@ GPT2K_INLINE void store_some(T* target, Lanes x, int count) {
   store(rest, x);
   std::memcpy(target, rest, sizeof(T) * count);
 }
+#endif
 
 GPT2K_INLINE Lanes broadcast(float x) { return x - Lanes{}; }  // x - 0, since x + 0 turns -0 into 0
 
