@@ -153,11 +153,18 @@ class Process:
         self._process = context.Process(target=serve, args=(name, folder, converted, there), daemon=True)
         self._process.start()
         there.close()  # so that an end of the other process is seen here
-        self._here.recv()
+        self._name = name
+        self._answer()
 
     def __call__(self, request: Any) -> Any:
         self._here.send(request)
-        return self._here.recv()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            return self._here.recv()
+        except EOFError:
+            raise RuntimeError(f"{self._name} ended before it answered; its own message is above") from None
 
     def end(self) -> None:
         self._here.send(None)
@@ -275,7 +282,8 @@ def main() -> None:
         "prompt_tokens": PROMPT,
         "new_tokens": NEW,
     }
-    when = {str(b): {"date": datetime.date.today().isoformat(), "load_before": load} for b in options.batch}
+    how = {"date": datetime.date.today().isoformat(), "rounds": options.rounds, "load_before": load}
+    when = {str(b): how for b in options.batch}
     if options.out and options.out.exists():
         before = json.loads(options.out.read_text())
         measured["tokens_per_second"] = before["tokens_per_second"] | measured["tokens_per_second"]

@@ -220,7 +220,7 @@ static void fetch_tile(const AttentionShape& shape, const Pointers<T>& data, con
 }
 
 // One tile: neighbouring queries of one sequence, for the query heads that share one kv head. `following` is the tile
-// that the same thread computes after it, or null.
+// that the same thread is likely to compute after it, or null.
 template <class T>
 static void attend_tile(const AttentionShape& shape, const Pointers<T>& data, const Tile& tile, const Tile* following,
                         const TileState& state) {

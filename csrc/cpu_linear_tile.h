@@ -86,8 +86,8 @@ GPT2K_INLINE typename Dot::Sum dot_tile(const typename Dot::X* const* x, const t
 }
 
 // Sums of `rows` rows with `cols` columns, COLS at a time; what lies past either end repeats the last one. The weights of
-// the next columns are fetched while these are multiplied, FETCHED of them in each pass over the rows: memory works all
-// the time, not in the first pass alone.
+// the next columns are fetched while these are multiplied, FETCHED of them in each of the first passes over the rows, so
+// that the first pass alone does not wait for memory.
 template <class Dot, int ROWS, int FETCHED>
 GPT2K_INLINE void dot_columns(const LinearBlock<typename Dot::X, typename Dot::Weight>& block, int32_t* sums) {
   constexpr int kCols = 16 / ROWS;

@@ -84,9 +84,9 @@ void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache) 
 }
 
 void check_vector(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t length) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.numel() == length && x.is_contiguous(), op, ": ", name, " must be ",
-                  length, " contiguous values of ", name_of(dtype), ", got ", x.numel(), " of ",
-                  name_of(x.scalar_type()));
+  const bool fits = x.scalar_type() == dtype && x.dim() == 1 && x.numel() == length && x.is_contiguous();
+  STD_TORCH_CHECK(fits, op, ": ", name, " must be a vector of ", length, " dense ", name_of(dtype), ", got ", x.numel(),
+                  " of ", name_of(x.scalar_type()), " in ", x.dim(), x.is_contiguous() ? " axes" : " axes, strided");
 }
 
 template <class T>
@@ -146,10 +146,7 @@ void check_append(const char* op, const Tensor& k, const Tensor& v, const Tensor
   }
 }
 
-// k, v (N, Hkv, D) -> caches (num_blocks, block_size, Hkv, D) at slots (N,) = block * block_size + offset; -1 skips a
-// token.
-void append_kv_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
-  check_append("append_kv_", k, v, k_cache, v_cache, slots);
+void append_rows(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
   const int64_t tokens = k.size(0), heads = k.size(1), head_dim = k.size(2), block_size = k_cache.size(1);
   const int64_t* slot_of = static_cast<const int64_t*>(slots.const_data_ptr());
   const int64_t slot_stride = slots.stride(0);
@@ -165,6 +162,13 @@ void append_kv_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const T
       copy_v(token, slot / block_size, slot % block_size, heads, row_bytes);
     }
   });
+}
+
+// k, v (N, Hkv, D) -> caches (num_blocks, block_size, Hkv, D) at slots (N,) = block * block_size + offset; -1 skips a
+// token.
+void append_kv_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
+  check_append("append_kv_", k, v, k_cache, v_cache, slots);
+  append_rows(k, v, k_cache, v_cache, slots);
 }
 
 AttentionShape check_paged_attention(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -204,13 +208,8 @@ AttentionShape check_paged_attention(const char* op, const Tensor& q, const Tens
   return shape;
 }
 
-// q (Nq, H, D), caches (num_blocks, block_size, Hkv, D), block_table (S, max_blocks), context_lens (S,), cu_seqlens_q
-// (S + 1,)
-// -> (Nq, H, D). The queries of a sequence are its last positions; position p sees the keys p - window < j <= p.
-Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                       const Tensor& context_lens, const Tensor& cu_seqlens_q, double scale, int64_t window) {
-  const AttentionShape shape = check_paged_attention("paged_attention", q, k_cache, v_cache, block_table, context_lens,
-                                                     cu_seqlens_q, scale, window);
+Tensor attend_cache(const AttentionShape& shape, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                    const Tensor& block_table, const Tensor& context_lens, const Tensor& cu_seqlens_q) {
   const Sequences all(block_table, context_lens, cu_seqlens_q);
   Tensor out = torch::stable::new_empty(q, {q.size(0), shape.heads, shape.head_dim});
   if (q.scalar_type() == ScalarType::Float) {
@@ -219,6 +218,16 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
     attend_all<BFloat16Bits>(shape, all, q, k_cache, v_cache, out);
   }
   return out;
+}
+
+// q (Nq, H, D), caches (num_blocks, block_size, Hkv, D), block_table (S, max_blocks), context_lens (S,), cu_seqlens_q
+// (S + 1,)
+// -> (Nq, H, D). The queries of a sequence are its last positions; position p sees the keys p - window < j <= p.
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                       const Tensor& context_lens, const Tensor& cu_seqlens_q, double scale, int64_t window) {
+  const AttentionShape shape = check_paged_attention("paged_attention", q, k_cache, v_cache, block_table, context_lens,
+                                                     cu_seqlens_q, scale, window);
+  return attend_cache(shape, q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q);
 }
 
 // The state of S decoding texts brought forward by the token drawn for each: gpt2_kernels.reference.advance_.
@@ -366,7 +375,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Te
   const float* min_ps = vector_of<float>("sample", "min_p", min_p, ScalarType::Float, S);
   const int64_t* seed = vector_of<int64_t>("sample", "seeds", seeds, ScalarType::Long, S);
   const int64_t* position = vector_of<int64_t>("sample", "positions", positions, ScalarType::Long, S);
-  const bool* seen = history ? vector_of<bool>("sample", "history", *history, ScalarType::Bool, S * V) : nullptr;
+  if (history) {
+    STD_TORCH_CHECK(history->scalar_type() == ScalarType::Bool && history->numel() == S * V && history->is_contiguous(),
+                    "sample: history must be (S, V) dense bool, got ", history->numel(), " of ",
+                    name_of(history->scalar_type()));
+  }
+  const bool* seen = data_or_null<bool>(history);
   const float* penalties = penalty ? vector_of<float>("sample", "penalty", *penalty, ScalarType::Float, S) : nullptr;
   Tensor tokens = torch::stable::new_empty(logits, {S}, ScalarType::Long);
   Tensor logprobs = torch::stable::new_empty(logits, {S}, ScalarType::Float);
@@ -514,13 +528,7 @@ Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias, const 
   return std::get<0>(linear(x, weight, bias, residual, activation, false));
 }
 
-void check_vector_like(const char* op, const char* name, const Tensor& v, const Tensor& x, int64_t length) {
-  STD_TORCH_CHECK(v.scalar_type() == x.scalar_type() && v.numel() == length && v.is_contiguous(), op, ": ", name,
-                  " must be ", length, " contiguous values of ", name_of(x.scalar_type()), ", got ", v.numel(), " of ",
-                  name_of(v.scalar_type()));
-}
-
-// One layer of a GPT-2 over packed tokens x (N, C), the seven operators above in one call and with their bits. weights:
+// One layer of a GPT-2 over packed tokens x (N, C), the operators above in one call and with their bits. weights:
 // weight and bias of ln_1, c_attn, attn.c_proj, ln_2, c_fc and mlp.c_proj; scales: of the four matrices in int8, or none.
 Tensor paged_layer_(const Tensor& x, const std::vector<Tensor> weights, const std::vector<Tensor> scales,
                     const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots, const Tensor& block_table,
@@ -537,34 +545,42 @@ Tensor paged_layer_(const Tensor& x, const std::vector<Tensor> weights, const st
   const int64_t N = x.size(0), C = x.size(1), heads = k_cache.size(2), head_dim = k_cache.size(3);
   STD_TORCH_CHECK(heads * head_dim == C, op, ": the cache must have H * D = C = ", C, ", got ", heads, " * ", head_dim);
   const auto scale_of = [&](int i) { return scales.empty() ? MaybeTensor() : MaybeTensor(scales[i]); };
-  const auto check_product = [&](const char* name, int i, int64_t rows, int64_t columns) {
-    const Tensor &weight = weights[(const int[]){2, 4, 8, 10}[i]], &bias = weights[(const int[]){3, 5, 9, 11}[i]];
+  const auto check_matrix = [&](const char* name, int i, int64_t outputs, int64_t inputs) {
+    const Tensor& weight = weights[i];
     const ScalarType dtype = scales.empty() ? x.scalar_type() : ScalarType::Char;
     check_dims(op, name, weight, 2, "a matrix");
-    STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.size(0) == rows && weight.size(1) == columns, op, ": ", name,
-                    ".weight must be (", rows, ", ", columns, ") of ", name_of(dtype), ", got (", weight.size(0), ", ",
+    STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.size(0) == outputs && weight.size(1) == inputs, op, ": ",
+                    name, " must be (", outputs, ", ", inputs, ") of ", name_of(dtype), ", got (", weight.size(0), ", ",
                     weight.size(1), ") of ", name_of(weight.scalar_type()));
     check_unit_stride(op, name, weight);
-    check_vector_like(op, name, bias, x, rows);
-    if (!scales.empty()) check_vector(op, "a scale", scales[i], ScalarType::Float, rows);
   };
-  const int64_t width = weights[8].dim() == 2 ? weights[8].size(0) : 0;
-  check_product("c_attn", 0, 3 * C, C);
-  check_product("attn.c_proj", 1, C, C);
-  check_product("c_fc", 2, width, C);
-  check_product("mlp.c_proj", 3, C, width);
-  for (const int i : {0, 1, 6, 7}) check_vector_like(op, i < 2 ? "ln_1" : "ln_2", weights[i], x, C);
-  STD_TORCH_CHECK(scales.empty() || (C <= kMaxInt8K && width <= kMaxInt8K), op, ": K must be <= ", kMaxInt8K);
+  check_dims(op, "c_fc.weight", weights[8], 2, "a matrix");
+  const int64_t width = weights[8].size(0);
+  check_matrix("c_attn.weight", 2, 3 * C, C);
+  check_matrix("attn.c_proj.weight", 4, C, C);
+  check_matrix("c_fc.weight", 8, width, C);
+  check_matrix("mlp.c_proj.weight", 10, C, width);
+  const int64_t lengths[] = {C, C, 3 * C, C, C, C, width, C};
+  const char* names[] = {"ln_1.weight", "ln_1.bias", "c_attn.bias", "attn.c_proj.bias",
+                         "ln_2.weight", "ln_2.bias", "c_fc.bias",   "mlp.c_proj.bias"};
+  const int places[] = {0, 1, 3, 5, 6, 7, 9, 11};
+  for (int i = 0; i < 8; ++i) check_vector(op, names[i], weights[places[i]], x.scalar_type(), lengths[i]);
+  const int64_t outputs[] = {3 * C, C, width, C};
+  for (size_t i = 0; i < scales.size(); ++i) check_vector(op, "a scale", scales[i], ScalarType::Float, outputs[i]);
+  STD_TORCH_CHECK(C >= 1 && width >= 1, op, ": C and the width of the MLP must be >= 1, got ", C, " and ", width);
+  STD_TORCH_CHECK(scales.empty() || (C <= kMaxInt8K && width <= kMaxInt8K), op, ": K must be <= ", kMaxInt8K, ", got ",
+                  C, " and ", width);
   const Tensor rows = torch::stable::view(x, {N, heads, head_dim});  // as queries, keys and values will be
   check_append(op, rows, rows, k_cache, v_cache, slots);
-  check_paged_attention(op, rows, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, 0);
+  const AttentionShape shape =
+      check_paged_attention(op, rows, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, 0);
 
   const Tensor normed = std::get<0>(layer_norm(x, weights[0], weights[1], eps));
   const Tensor qkv = product(normed, weights[2], weights[3], scale_of(0), std::nullopt, 0);
   const Tensor parts = torch::stable::view(qkv, {N, 3, heads, head_dim});
   const auto part = [&](int64_t i) { return torch::stable::select(parts, 1, i); };
-  append_kv_(part(1), part(2), k_cache, v_cache, slots);
-  const Tensor seen = paged_attention(part(0), k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, 0);
+  append_rows(part(1), part(2), k_cache, v_cache, slots);
+  const Tensor seen = attend_cache(shape, part(0), k_cache, v_cache, block_table, context_lens, cu_seqlens_q);
   const Tensor between =
       product(torch::stable::view(seen, {N, C}), weights[4], weights[5], scale_of(1), MaybeTensor(x), 0);
 

@@ -116,28 +116,53 @@ def _linear(layer: nn.Module, x: Tensor, batch_invariant: bool = True, **options
     return ops.linear(x, weight, bias, batch_invariant=batch_invariant, **options)
 
 
-def _plain_weights(block: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
-    """A block's tensors as `ops.paged_layer_` takes them; None where somebody has made it compute something else.
+class _Plain(NamedTuple):
+    """What `ops.paged_layer_` takes of a block."""
 
-    Asked for at every token: through `_modules`, since attributes of an nn.Module are ten times slower.
+    weights: list[Tensor]
+    scales: list[Tensor]  # of int8 weights
+    activation: str
+
+
+_FORWARDS = {kind: kind.forward for kind in (Block, SelfAttention, MLP, nn.Linear, nn.LayerNorm)}
+
+
+def _untouched(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling a module still means its class's own `forward` and nothing else."""
+    return (
+        type(module) is kind
+        and kind.forward is _FORWARDS[kind]
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def _plain(block: Any, heads: tuple[int, ...], eps: float) -> _Plain | None:
+    """The tensors of a block; None where somebody has made it compute anything else than `Block` does.
+
+    Asked for at every token: through the dictionaries of modules, whose attributes are ten times slower.
     """
-    parts: dict[str, Any] = block._modules
-    attn, mlp = parts["attn"], parts["mlp"]
-    linears = attn._modules["c_attn"], attn._modules["c_proj"], mlp._modules["c_fc"], mlp._modules["c_proj"]
-    norms = parts["ln_1"], parts["ln_2"]
-    modules: tuple[Any, ...] = (block, attn, mlp, *linears, *norms)
-    for module, kind in zip(modules, _KINDS):
-        if type(module) is not kind or "forward" in module.__dict__:
-            return None
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
-    weights = [p for m in (norms[0], *linears[:2], norms[1], *linears[2:]) for p in m._parameters.values()]
-    if len(weights) != 12 or any(p is None for p in weights):
+    if not _untouched(block, Block):
         return None
-    return weights, [scale for m in linears for scale in m._buffers.values()]
-
-
-_KINDS: tuple[type[nn.Module], ...] = (Block, SelfAttention, MLP, *[nn.Linear] * 4, *[nn.LayerNorm] * 2)
+    attn, mlp = block._modules.get("attn"), block._modules.get("mlp")
+    if not _untouched(attn, SelfAttention) or not _untouched(mlp, MLP) or attn.heads != heads:
+        return None
+    norms = [block._modules.get(name) for name in ("ln_1", "ln_2")]
+    places = ((attn, "c_attn"), (attn, "c_proj"), (mlp, "c_fc"), (mlp, "c_proj"))
+    linears = [part._modules.get(name) for part, name in places]
+    if not all(_untouched(m, nn.LayerNorm) and m.eps == eps for m in norms):
+        return None
+    if not all(_untouched(m, nn.Linear) for m in linears):
+        return None
+    layers = (norms[0], *linears[:2], norms[1], *linears[2:])
+    weights = [m._parameters.get(name) for m in layers for name in ("weight", "bias")]
+    if any(w is None or w.stride(-1) != 1 for w in weights):
+        return None
+    scales = [m._buffers.get("weight_scale") for m in linears if m._parameters["weight"].dtype == torch.int8]
+    if scales and (len(scales) < len(linears) or any(s is None for s in scales)):
+        return None
+    return _Plain(weights, scales, "gelu_tanh" if mlp.approximate == "tanh" else "gelu")
 
 
 def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -295,23 +320,26 @@ class GPT2(nn.Module):
     def forward_paged(self, batch: PagedBatch, cache: Sequence[LayerCache]) -> Tensor:
         """Final hidden states (N, C) of packed tokens; their keys and values are written to the cache of each layer."""
         x = self._embed(batch.tokens, batch.positions)
-        in_one_call = cache[0].keys.dtype == x.dtype and ops.has_paged_layer(x, int8=self.is_int8)
+        in_one_call = (
+            cache[0].keys.dtype == x.dtype
+            and ops.has_paged_layer(x, int8=self.is_int8)
+            and not torch.compiler.is_compiling()
+            and not nn.modules.module._has_any_global_hook()
+        )
+        heads = 3, *cache[0].keys.shape[2:]
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
-            plain = _plain_weights(block) if in_one_call else None
+            plain = _plain(block, heads, self.config.layer_norm_epsilon) if in_one_call else None
             if plain is None:
                 x = block(x, functools.partial(_attend_paged, batch=batch, cache=cache[layer], scale=scale))
             else:
                 x = self._layer(x, plain, batch, cache[layer], scale)
         return _normalize(self.ln_f, x)
 
-    def _layer(
-        self, x: Tensor, plain: tuple[list[Tensor], list[Tensor]], batch: PagedBatch, cache: LayerCache, scale: float
-    ) -> Tensor:
-        weights, scales = plain
+    def _layer(self, x: Tensor, plain: _Plain, batch: PagedBatch, cache: LayerCache, scale: float) -> Tensor:
         return ops.paged_layer_(
             x,
-            weights,
+            plain.weights,
             cache.keys,
             cache.values,
             batch.slots,
@@ -320,8 +348,8 @@ class GPT2(nn.Module):
             batch.cu_seqlens,
             scale=scale,
             eps=self.config.layer_norm_epsilon,
-            activation=self.config.activation,
-            weight_scales=scales,
+            activation=plain.activation,
+            weight_scales=plain.scales,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

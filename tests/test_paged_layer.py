@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor, nn
 
 import gpt2_kernels as ops
 from gpt2 import GPT2, Engine, GPT2Config, SamplingParams
-from gpt2_kernels import _runtime, reference
+from gpt2.model import LayerCache, PagedBatch
+from gpt2_kernels import _native, _runtime, reference
 
 H, D, BLOCK_SIZE = 3, 20, 4  # D pads to 32, C = 60 fills no register, blocks end inside a chunk of keys
 C = H * D
@@ -24,8 +28,8 @@ STATE = ("k_cache", "v_cache")
 def compiled() -> Iterator[None]:
     """The compiled operators, where this CPU's products are theirs."""
     torch.manual_seed(0)
-    if not _runtime._native.load():
-        pytest.skip(_runtime._native.status())
+    if not _native.load():
+        pytest.skip(_native.status())
     with _runtime.force("native"):
         if not ops.has_paged_layer(torch.empty(0, dtype=torch.bfloat16)):
             pytest.skip("the CPU has no AVX-512 with BF16 and VNNI, or has AMX")
@@ -117,7 +121,8 @@ def without(items: list[Tensor], i: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "name", "change", "message"), [
-    ("float32", "x", lambda t: t.half(), "needs the compiled op.*, got torch.float16 weights on cpu"),
+    ("float32", "x", lambda t: t.half(),
+     r"needs the products .* \(`linear` is PyTorch \(the compiled .*, got torch.float16 weights, x on cpu"),
     ("float32", "x", lambda t: t[:, 1:], r"the cache must have H \* D = C = 59, got 3 \* 20"),
     ("float32", "weights", lambda w: without(w, 3), "weights must be 12 tensors, weight and bias of ln_1, .* got 11"),
     ("float32", "weights", lambda w: [*w[:8], w[8].bfloat16(), *w[9:]],
@@ -128,28 +133,73 @@ def without(items: list[Tensor], i: int) -> list[Tensor]:
      r"c_attn.weight must be \(180, 60\) of float32, got \(60, 60\)"),
     ("int8", "weight_scales", lambda s: without(s, 0), "number of scales must be 4, got 3"),
     ("int8", "weight_scales", lambda s: [t.double() for t in s],
-     "a scale must be 180 contiguous values of float32, got 180 of float64"),
+     "a scale must be a vector of 180 dense float32, got 180 of float64 in 1 axes"),
     ("float32", "k_cache", lambda t: t.bfloat16(), "k_cache must have the dtype of k"),
     ("float32", "v_cache", lambda t: t[:, :2], "v_cache must have k_cache's shape"),
     ("float32", "slots", lambda t: t + 1000, "slots must lie in"),
     ("float32", "slots", lambda t: t[1:], "the length of slots must be 2, got 1"),
     ("float32", "context_lens", lambda t: t.long(), "context_lens must be int32, got int64"),
     ("float32", "block_table", lambda t: t + 1000, "block_table must lie in"),
+    ("float32", "weights", lambda w: [*w[:9], w[9][None], *w[10:]],
+     "c_fc.bias must be a vector of 240 dense float32, got 240 of float32 in 2 axes"),
+    ("float32", "weights", lambda w: [*w[:11], w[11].repeat_interleave(2)[::2]],
+     "mlp.c_proj.bias must be a vector of 60 dense float32, got 60 of float32 in 1 axes, strided"),
+    ("float32", "weights", lambda w: [*w[:8], w[8].T.contiguous().T, *w[9:]], "last stride of c_fc.weight must be 1"),
+    ("float32", "weights", lambda w: [w[0].to("meta"), *w[1:]], r"on the device of x \(cpu\), got meta"),
+    ("float32", "scale", lambda _: float("nan"), "scale must be positive and finite, got nan"),
+    ("float32", "eps", lambda _: -1.0, "eps must be at least 0, got -1.0"),
     ("float32", "activation", lambda _: "relu", "activation must be 'gelu' or 'gelu_tanh', got 'relu'"),
 ], ids=str)  # fmt: skip
 def test_bad_input_is_refused_before_the_cache_is_written(kind: str, name: str, change: Any, message: str) -> None:
-    a: dict[str, Any] = {**arguments(kind, [1, 1], [3, 9]), "activation": "gelu_tanh"}
+    a: dict[str, Any] = {**arguments(kind, [1, 1], [3, 9]), "activation": "gelu_tanh", "eps": 1e-5}
     before = [a[n].clone() for n in STATE]
-    with pytest.raises(ValueError, match=f"paged_layer_: .*({message})"):
+    with pytest.raises(ValueError, match=f"^paged_layer_: .*({message})"):
         ops.paged_layer_(**{**a, name: change(a[name])})
     assert all(torch.equal(a[n], kept) for n, kept in zip(STATE, before))
 
 
-def test_records_no_gradient_without_saying_so() -> None:
+@pytest.mark.parametrize("name", ["weights", "k_cache"])
+def test_records_no_gradient_without_saying_so(name: str) -> None:
     a = arguments("float32", [1], [3])
-    a["weights"][4].requires_grad_()
-    with pytest.raises(ValueError, match=r"paged_layer_: weights\[4\] must not require a gradient"):
+    (a["weights"][4] if name == "weights" else a[name]).requires_grad_()
+    with pytest.raises(ValueError, match=rf"paged_layer_: {name}.* must not require a gradient"):
         ops.paged_layer_(**a)
+
+
+def test_errors_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def paged_layer_(self, *args: Any) -> Tensor:
+            raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(_native, "ops", Full)
+    with pytest.raises(RuntimeError, match="^not enough memory$"):
+        ops.paged_layer_(**arguments("float32", [1], [3]))
+
+
+def test_opcheck() -> None:
+    a = arguments("int8", [1, 1], [3, 9])
+    order = ("x", "weights", "weight_scales", *STATE, "slots", "block_table", "context_lens", "cu_seqlens_q", "scale")
+    given = *(a[name] for name in order), 1e-5, "gelu_tanh"
+    torch.library.opcheck(torch.ops.gpt2_kernels.paged_layer_.default, given)
+
+
+def test_compiles_whole() -> None:
+    a = arguments("bfloat16", [1, 1], [3, 9])
+    b = copy.deepcopy(a)
+    compiled = torch.compile(lambda x: ops.paged_layer_(**{**b, "x": x}), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(b["x"]), ops.paged_layer_(**a))
+    assert all(torch.equal(a[name], b[name]) for name in STATE)
+
+
+def test_what_other_processors_lack_has_no_fake() -> None:
+    """PyTorch refuses one for an operator that does not exist, and then none of the others would be to be had."""
+    source = (ROOT / "csrc" / "cpu_ops.cpp").read_text()
+    definitions = source[source.index("STABLE_TORCH_LIBRARY(") :]
+    x86 = definitions[definitions.index("#if defined(__x86_64__)") : definitions.index("#endif")]
+    names = re.findall(r'm\.def\(\s*"(\w+)\(', x86)
+    assert {"linear", "paged_layer_"} <= set(names)
+    fakes = re.findall(r'register_fake\("gpt2_kernels_cpu::(\w+)"', Path(_native.__file__).read_text())
+    assert fakes and not set(fakes) & set(names)
 
 
 # ------------------------------------------------------------------------------------------------ in the model
@@ -216,8 +266,29 @@ def unbiased(block: nn.Module) -> None:
     block.attn.c_proj.bias = None
 
 
-@pytest.mark.parametrize("change", [hook, prehook, replaced, rebound, parametrized, unbiased])
-def test_a_block_that_somebody_changed_goes_its_own_way(change: Any, calls: list[int]) -> None:
+def other_eps(block: nn.Module) -> None:
+    block.ln_1.eps = 0.1
+
+
+def transposed(block: nn.Module) -> None:
+    layer = block.mlp.c_fc
+    layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
+
+
+def partly_int8(block: nn.Module) -> None:
+    layer = block.mlp.c_fc
+    weight, scale = ops.quantize(layer.weight)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.register_buffer("weight_scale", scale)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hook, prehook, replaced, rebound, parametrized, unbiased, other_eps, transposed, partly_int8],
+)
+def test_a_block_that_somebody_changed_goes_its_own_way(
+    change: Any, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = model("float32")
     change(made.h[1])
     generated(made)
@@ -226,6 +297,90 @@ def test_a_block_that_somebody_changed_goes_its_own_way(change: Any, calls: list
     change(made.h[0])
     generated(made)
     assert len(calls) == untouched
+
+
+def put_again(layer: nn.Module) -> None:
+    """As torch.nn.utils.prune.remove and remove_parametrizations do: the weight comes behind the bias."""
+    weight = layer.weight.detach().clone()
+    del layer.weight
+    layer.weight = nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("name", ["ln_1", "ln_2", "attn.c_attn", "mlp.c_proj"])
+def test_the_order_in_which_parameters_were_set_means_nothing(name: str, calls: list[int]) -> None:
+    made = model("float32")
+    nn.init.normal_(made.h[0].get_submodule(name).bias)
+    expected = generated(made)
+    for block in made.h:
+        put_again(block.get_submodule(name))
+    calls.clear()
+    assert generated(made) == expected and calls
+
+
+def test_another_buffer_of_a_layer_is_no_scale(calls: list[int]) -> None:
+    made = model("int8")
+    expected = generated(made)
+    made.h[0].mlp.c_fc.register_buffer("calls", torch.zeros(1))
+    calls.clear()
+    assert generated(made) == expected and calls
+
+
+def test_the_activation_is_the_blocks_own(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model("float32")
+    nn.init.normal_(made.h[0].mlp.c_fc.weight, std=2.0)
+    seen = []
+    plain = ops.paged_layer_
+    monkeypatch.setattr(ops, "paged_layer_", lambda *a, **k: seen.append(k["activation"]) or plain(*a, **k))
+    made.h[1].mlp.approximate = "none"
+    generated(made)
+    assert seen[:2] == ["gelu_tanh", "gelu"]
+
+
+def test_hooks_of_all_modules_are_called(calls: list[int]) -> None:
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *rest: seen.append(type(module)))
+    try:
+        generated(model("float32"))
+    finally:
+        handle.remove()
+    assert not calls and nn.LayerNorm not in seen  # whose weights the block reads itself
+    assert seen
+
+
+def test_a_forward_that_somebody_put_into_a_class_is_called(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = type(GPT2(CONFIG).h[0].mlp).forward, []
+    made = model("float32")
+    monkeypatch.setattr(type(made.h[0].mlp), "forward", lambda *a, **k: seen.append(1) or plain(*a, **k))
+    generated(made)
+    assert seen and not calls
+
+
+class OwnBlock(nn.Module):
+    def forward(self, x: Tensor, attend: Any, batch_invariant: bool = True) -> Tensor:
+        q = x.unflatten(-1, (2, 16))
+        return x + attend(q, q, q).flatten(-2)
+
+
+def test_a_block_of_ones_own(calls: list[int]) -> None:
+    made = model("float32")
+    generated(made)
+    of_two = len(calls)
+    made.h[1] = OwnBlock()
+    calls.clear()
+    generated(made)
+    assert len(calls) == of_two // 2
+
+
+def test_the_model_compiles_whole() -> None:
+    made = model("bfloat16")
+    cache = [LayerCache(*(torch.zeros(4, 8, 2, 16, dtype=torch.bfloat16) for _ in range(2))) for _ in range(2)]
+    table, lens, cu = torch.tensor([[1, 2]]), torch.tensor([3]), torch.tensor([0, 3])
+    batch = PagedBatch(
+        torch.tensor([5, 6, 7]), torch.arange(3), 8 + torch.arange(3), table.int(), lens.int(), cu.int(), 3
+    )
+    expected = made.forward_paged(batch, cache)
+    compiled = torch.compile(made.forward_paged, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(batch, cache), expected)
 
 
 def test_a_cache_in_float8_goes_the_other_way(calls: list[int]) -> None:

@@ -84,7 +84,7 @@ def status() -> str:
 
 
 def ops() -> Any:
-    """The namespace `torch.ops.gpt2_kernels_cpu` with `append_kv_`, `paged_attention` and `gelu_`.
+    """The namespace `torch.ops.gpt2_kernels_cpu`: what csrc/cpu_ops.cpp registers; products on x86 alone.
 
     Raises RuntimeError with `status()` where the operators are not to be had: ask `load()` first.
     """
@@ -262,7 +262,6 @@ def _load_library(library: Path) -> Path:
     torch.library.register_fake("gpt2_kernels_cpu::append_kv_", _fake_append_kv)
     torch.library.register_fake("gpt2_kernels_cpu::paged_attention", _fake_paged_attention)
     torch.library.register_fake("gpt2_kernels_cpu::gelu_", lambda x, tanh: None)
-    torch.library.register_fake("gpt2_kernels_cpu::paged_layer_", lambda x, *rest: x.new_empty(x.shape))
     return library
 
 

@@ -215,6 +215,9 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
         if device == "cuda":
             return "none: int8 weights are for CPUs"
         return "compiled C++" if native_int8(torch.empty(0)) else "PyTorch"
+    if OPS[op] == "layer":
+        serves = device != "cuda" and not triton_on_cpu() and native_products(torch.empty(0, dtype=dtype))
+        return "compiled C++" if serves else "none: its operators run one by one"
     if device == "cuda":
         return "Triton kernel" if HAS_TRITON else "PyTorch (Triton is not installed)"
     if triton_on_cpu():
@@ -356,7 +359,8 @@ def register(
     """Define an operator of `torch.ops.gpt2_kernels`: its schema, its implementations and its shapes.
 
     `cpu` says what `cpu_impl` is made of, for `path_of`: "native" where it calls the compiled extension, "products"
-    where that needs a CPU with dot products as well, "torch"; "int8" has no kernel for a GPU.
+    where that needs a CPU with dot products as well, "torch"; "int8" has no kernel for a GPU, and "layer" is several
+    operators in one call, on a CPU with dot products.
     """
     name = schema.split("(")[0]
     OPS[name] = cpu
