@@ -106,6 +106,7 @@ namespace portable {
 #include "cpu_attention_tile.h"
 #include "cpu_gelu_tile.h"
 #include "cpu_layernorm_tile.h"
+#include "cpu_crossentropy_tile.h"
 #include "cpu_sample_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
@@ -125,6 +126,7 @@ namespace avx2 {
 #include "cpu_attention_tile.h"
 #include "cpu_gelu_tile.h"
 #include "cpu_layernorm_tile.h"
+#include "cpu_crossentropy_tile.h"
 #include "cpu_sample_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
@@ -144,6 +146,7 @@ namespace avx512 {
 #include "cpu_attention_tile.h"
 #include "cpu_gelu_tile.h"
 #include "cpu_layernorm_tile.h"
+#include "cpu_crossentropy_tile.h"
 #include "cpu_sample_tile.h"
 #undef GPT2K_LANES
 #undef GPT2K_SHUFFLE
@@ -203,6 +206,24 @@ auto choose_normalize_function() -> void (*)(const T*, const T*, const T*, int64
   if (simd_level_in_use() == 1) return avx2::normalize_row<T>;
 #endif
   return portable::normalize_row<T>;
+}
+
+template <class T>
+auto choose_softmax_function() -> void (*)(const T*, int64_t, float*, float*) {
+#if defined(__x86_64__)
+  if (simd_level_in_use() >= 2) return avx512::softmax_row<T>;
+  if (simd_level_in_use() == 1) return avx2::softmax_row<T>;
+#endif
+  return portable::softmax_row<T>;
+}
+
+template <class T>
+auto choose_softmax_gradient_function() -> void (*)(const T*, int64_t, int64_t, float, float, float, T*) {
+#if defined(__x86_64__)
+  if (simd_level_in_use() >= 2) return avx512::softmax_gradient_row<T>;
+  if (simd_level_in_use() == 1) return avx2::softmax_gradient_row<T>;
+#endif
+  return portable::softmax_gradient_row<T>;
 }
 
 template <class T>

@@ -1,6 +1,6 @@
 // The CPU operators of gpt2_kernels: paged attention over a block cache, the write of new keys and values into it,
-// products with a fused epilogue, in int8 too, layer norm, GELU, a whole layer of these; sampling, and the step from one
-// token to the next. Checks and registration; cpu_attention.h, cpu_linear.h and cpu_sample.h split the work, the _tile.h
+// products with a fused epilogue, in int8 too, layer norm, GELU, a whole layer of these; cross-entropy; sampling, and the
+// step from one token to the next. Checks and registration; cpu_attention.h, cpu_linear.h and cpu_sample.h split the work, the _tile.h
 // files hold the arithmetic over the registers of cpu_lanes.h.
 //
 // Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.13;
@@ -356,6 +356,93 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
   return {y, statistics};
 }
 
+template <class T>
+void softmax_all(const T* logits, int64_t stride, int64_t V, const int64_t* targets, int64_t R, int64_t ignored,
+                 float* losses, float* maxima, float* totals) {
+  const auto softmax = choose_softmax_function<T>();
+  torch::stable::parallel_for(0, R, 1 + (16 << 10) / V, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      losses[r] = maxima[r] = 0.0f;
+      totals[r] = 1.0f;
+      if (targets[r] == ignored) continue;
+      softmax(logits + r * stride, V, maxima + r, totals + r);
+      losses[r] = std::log(totals[r]) + (maxima[r] - to_float(logits[r * stride + targets[r]]));
+    }
+  });
+}
+
+template <class T>
+void softmax_gradient_all(const T* logits, int64_t stride, int64_t V, const int64_t* targets, int64_t R, int64_t ignored,
+                          const float* maxima, const float* totals, float factor, T* gradients, int64_t out_stride) {
+  const auto gradient = choose_softmax_gradient_function<T>();
+  torch::stable::parallel_for(0, R, 1 + (16 << 10) / V, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      T* out = gradients + r * out_stride;
+      if (targets[r] == ignored) {
+        std::memset(static_cast<void*>(out), 0, sizeof(T) * V);
+      } else {
+        gradient(logits + r * stride, V, targets[r], maxima[r], totals[r], factor, out);
+      }
+    }
+  });
+}
+
+const int64_t* check_cross_entropy(const char* op, const Tensor& logits, const Tensor& targets, int64_t ignored) {
+  check_float(op, "logits", logits);
+  check_dims(op, "logits", logits, 2, "(R, V)");
+  check_unit_stride(op, "logits", logits);
+  const int64_t* target = vector_of<int64_t>(op, "targets", targets, ScalarType::Long, logits.size(0));
+  for (int64_t r = 0; r < logits.size(0); ++r) {
+    STD_TORCH_CHECK(target[r] == ignored || (target[r] >= 0 && target[r] < logits.size(1)), op,
+                    ": targets must lie in 0..", logits.size(1) - 1, " or be ", ignored, ", got ", target[r]);
+  }
+  return target;
+}
+
+// logits (R, V), targets (R,) int64 -> each row's loss, largest logit and sum of exp(logit - largest), (R,) float32. A row
+// whose target is ignore_index is not read: 0, 0 and 1.
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets, int64_t ignore_index) {
+  const int64_t* target = check_cross_entropy("cross_entropy", logits, targets, ignore_index);
+  const int64_t R = logits.size(0), V = logits.size(1), stride = logits.stride(0);
+  Tensor losses = torch::stable::new_empty(logits, {R}, ScalarType::Float);
+  Tensor maxima = torch::stable::new_empty(logits, {R}, ScalarType::Float);
+  Tensor totals = torch::stable::new_empty(logits, {R}, ScalarType::Float);
+  float* into[] = {static_cast<float*>(losses.mutable_data_ptr()), static_cast<float*>(maxima.mutable_data_ptr()),
+                   static_cast<float*>(totals.mutable_data_ptr())};
+  const void* data = logits.const_data_ptr();
+  if (logits.scalar_type() == ScalarType::Float) {
+    softmax_all(static_cast<const float*>(data), stride, V, target, R, ignore_index, into[0], into[1], into[2]);
+  } else {
+    softmax_all(static_cast<const BFloat16Bits*>(data), stride, V, target, R, ignore_index, into[0], into[1], into[2]);
+  }
+  return {losses, maxima, totals};
+}
+
+// gradients (R, V), which may be logits, become factor (softmax(logits) - [v = target]), and 0 in ignored rows.
+void cross_entropy_backward_(const Tensor& logits, const Tensor& targets, const Tensor& maxima, const Tensor& totals,
+                             double factor, int64_t ignore_index, const Tensor& gradients) {
+  const char* op = "cross_entropy_backward_";
+  const int64_t* target = check_cross_entropy(op, logits, targets, ignore_index);
+  const int64_t R = logits.size(0), V = logits.size(1), stride = logits.stride(0);
+  const float* largest = vector_of<float>(op, "maxima", maxima, ScalarType::Float, R);
+  const float* sums = vector_of<float>(op, "totals", totals, ScalarType::Float, R);
+  check_same_dtype(op, "gradients", gradients, "logits", logits);
+  check_dims(op, "gradients", gradients, 2, "(R, V)");
+  check_size(op, "the rows of gradients", gradients.size(0), R);
+  check_size(op, "the columns of gradients", gradients.size(1), V);
+  check_unit_stride(op, "gradients", gradients);
+  const int64_t out_stride = gradients.stride(0);
+  const void* data = logits.const_data_ptr();
+  void* out = gradients.mutable_data_ptr();
+  if (logits.scalar_type() == ScalarType::Float) {
+    softmax_gradient_all(static_cast<const float*>(data), stride, V, target, R, ignore_index, largest, sums,
+                         float(factor), static_cast<float*>(out), out_stride);
+  } else {
+    softmax_gradient_all(static_cast<const BFloat16Bits*>(data), stride, V, target, R, ignore_index, largest, sums,
+                         float(factor), static_cast<BFloat16Bits*>(out), out_stride);
+  }
+}
+
 // logits (S, V), each option (S,), history (S, V) bool -> tokens (S,) int64, their log-probabilities (S,), and the ids
 // and log-probabilities (S, top_logprobs) of the likeliest.
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
@@ -610,6 +697,10 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
       "Tensor limits, Tensor ends, Tensor block_table, Tensor(e!) record, Tensor(f!) count, int block_size) -> ()");
   m.def("gelu_(Tensor(a!) x, bool tanh) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
+  m.def("cross_entropy(Tensor logits, Tensor targets, int ignore_index) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_entropy_backward_(Tensor logits, Tensor targets, Tensor maxima, Tensor totals, float factor, "
+      "int ignore_index, Tensor(a!) gradients) -> ()");
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
       "Tensor positions, Tensor? history, Tensor? penalty, int top_logprobs) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -631,6 +722,8 @@ STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
   m.impl("advance_", TORCH_BOX(&advance_));
   m.impl("gelu_", TORCH_BOX(&gelu_));
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_));
   m.impl("sample", TORCH_BOX(&sample));
 #if defined(__x86_64__)
   m.impl("linear", TORCH_BOX(&linear));

@@ -699,3 +699,46 @@ def test_gelu_keeps_nan_and_refuses_what_it_cannot_do() -> None:
         _native.ops().gelu_(torch.randn(4, 4).T, True)
     with pytest.raises(RuntimeError, match="gelu_: x must be float32 or bfloat16, got float16"):
         _native.ops().gelu_(torch.randn(4).half(), True)
+
+
+# ------------------------------------------------------------------------------------------------ cross-entropy
+
+
+@needs_native
+@pytest.mark.parametrize("level", range(ALL_LEVELS + 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy_on_every_instruction_set(ops, dtype: torch.dtype, level: int) -> None:
+    """Rows shorter than a register, with an end of one, and longer than four; a row's bits in any company."""
+    if ops.simd_level(level) != level:
+        pytest.skip(f"this CPU has no level {level}")
+    for V in (1, 5, 16, 67, 1000):
+        logits = (8 * torch.randn(9, V + 3)).to(dtype)[:, :V]
+        targets = torch.randint(V, (9,))
+        targets[4] = -100
+        losses, maxima, totals = ops.cross_entropy(logits, targets, -100)
+        wide = logits.double().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+        torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+        gradients = torch.empty(9, V, dtype=dtype)
+        ops.cross_entropy_backward_(logits, targets, maxima, totals, -1.5, -100, gradients)
+        (truth,) = torch.autograd.grad(expected.sum(), wide)
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(gradients.double(), -1.5 * truth, rtol=tolerance, atol=tolerance)
+        for row in (0, 8):
+            alone = ops.cross_entropy(logits[row : row + 1], targets[row : row + 1], -100)
+            assert [t[0] for t in alone] == [t[row] for t in (losses, maxima, totals)]
+        in_place = logits.clone()
+        ops.cross_entropy_backward_(in_place, targets, maxima, totals, -1.5, -100, in_place)
+        assert torch.equal(in_place, gradients)
+
+
+@needs_native
+def test_cross_entropy_refuses(ops) -> None:
+    logits, targets = torch.randn(3, 5), torch.tensor([0, 5, -100])
+    with pytest.raises(RuntimeError, match=r"cross_entropy: targets must lie in 0..4 or be -100, got 5"):
+        ops.cross_entropy(logits, targets, -100)
+    with pytest.raises(RuntimeError, match="cross_entropy: targets must be a vector of 3 dense int64, got 2 of int64"):
+        ops.cross_entropy(logits, targets[:2], -100)
+    rows = torch.ones(3)
+    with pytest.raises(RuntimeError, match="gradients must have the dtype of logits"):
+        ops.cross_entropy_backward_(logits, targets % 5, rows, rows, 1.0, -100, logits.bfloat16())

@@ -31,6 +31,7 @@ SOURCE = "cpu_ops.cpp"
 HEADERS = (
     "cpu_attention.h",
     "cpu_attention_tile.h",
+    "cpu_crossentropy_tile.h",
     "cpu_gelu_tile.h",
     "cpu_lanes.h",
     "cpu_layernorm_tile.h",

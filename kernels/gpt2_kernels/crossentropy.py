@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2_kernels import _check, _runtime
+from gpt2_kernels import _check, _native, _runtime
 from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
 
 MAX_VOCABULARY = 2**30  # columns are counted in int32
@@ -369,7 +369,7 @@ def _outputs(rows: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) ->
     return losses, dx, losses.new_zeros(weight.shape[0] if need_dweight else 0, rows.shape[1])
 
 
-# --- PyTorch on a CPU -----------------------------------------------------------------------------------------------
+# --- on a CPU -------------------------------------------------------------------------------------------------------
 
 CHUNK_CPU = 1 << 20  # logits that cross_entropy takes at a time: float32 copies stay in the cache
 
@@ -400,7 +400,10 @@ def _mean_cpu(losses: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tenso
 def _cross_entropy_cpu(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     V = logits.shape[-1]
     _check_targets("cross_entropy", targets, V, ignore_index)
-    rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1)
+    rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1).contiguous()
+    if _runtime.native(rows):
+        losses, maxima, totals = _native.ops().cross_entropy(_check.unit_last_stride(rows), targets, ignore_index)
+        return *_mean_cpu(losses, targets, ignore_index), maxima, totals
     losses, maxima, totals = (rows.new_empty(rows.shape[0], dtype=statistics_dtype(logits.dtype)) for _ in range(3))
     step = max(1, CHUNK_CPU // V)
     for start in range(0, rows.shape[0], step):
@@ -414,8 +417,12 @@ def _cross_entropy_backward_cpu(
     grad: Tensor, logits: Tensor, targets: Tensor, maxima: Tensor, totals: Tensor, scale: Tensor, ignore_index: int
 ) -> Tensor:
     V = logits.shape[-1]
-    rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1)
+    rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1).contiguous()
     dlogits = rows.new_empty(rows.shape)
+    if _runtime.native(rows):
+        rows, factor = _check.unit_last_stride(rows), float(grad * scale)
+        _native.ops().cross_entropy_backward_(rows, targets, maxima, totals, factor, ignore_index, dlogits)
+        return dlogits.view(logits.shape)
     step = max(1, CHUNK_CPU // V)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
@@ -429,32 +436,39 @@ def _linear_cross_entropy_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     V, C = weight.shape
     _check_targets("linear_cross_entropy", targets, V, ignore_index)
-    rows, targets = x.reshape(targets.numel(), C), targets.reshape(-1)
+    rows, targets = x.reshape(targets.numel(), C), targets.reshape(-1).contiguous()
     R, dtype = rows.shape[0], rows.dtype
     if not _runtime.multiplies(rows):
         dtype = statistics_dtype(dtype)
         rows, weight = rows.to(dtype), weight.to(dtype)
     losses, dx, dweight = _outputs(rows, weight, need_dx, need_dweight)
-    chunk = _chunk_rows(R, x.element_size(), losses.element_size())
-    buffer = losses.new_empty(min(chunk, R), V)
+    chunk = _chunk_rows(R, x.element_size(), dtype.itemsize)
+    buffer = rows.new_empty(min(chunk, R), V)
     for start in range(0, R, chunk):
         part = slice(start, start + chunk)
-        logits = buffer[: rows[part].shape[0]]
-        if logits.dtype == dtype:
-            torch.mm(rows[part], weight.T, out=logits)
-        else:
-            logits.copy_(torch.mm(rows[part], weight.T))
-        losses[part], _, totals = _rows_cpu_(logits, targets[part], ignore_index)
-        if need_dx or need_dweight:
-            _gradient_cpu_(logits, targets[part], totals, ignore_index)
-        gradient = logits.to(dtype)
+        logits = torch.mm(rows[part], weight.T, out=buffer[: rows[part].shape[0]])
+        losses[part] = _gradient_cpu_of_chunk_(logits, targets[part], ignore_index, need_dx or need_dweight)
         if need_dx:
-            dx[part] = torch.mm(gradient, weight)
-        if need_dweight and gradient is logits:
-            dweight.addmm_(gradient.T, rows[part])
+            dx[part] = torch.mm(logits, weight)
+        if need_dweight and dtype == dweight.dtype:
+            dweight.addmm_(logits.T, rows[part])
         elif need_dweight:
-            dweight += torch.mm(gradient.T, rows[part])
+            dweight += torch.mm(logits.T, rows[part])
     return *_mean_cpu(losses, targets, ignore_index), dx, dweight
+
+
+def _gradient_cpu_of_chunk_(logits: Tensor, targets: Tensor, ignore_index: int, wanted: bool) -> Tensor:
+    """The losses of a chunk, which becomes the gradient of their sum where that is wanted."""
+    if not _runtime.native(logits):
+        wide = logits if logits.dtype == statistics_dtype(logits.dtype) else logits.to(statistics_dtype(logits.dtype))
+        losses, _, totals = _rows_cpu_(wide, targets, ignore_index)
+        if wanted:
+            logits.copy_(_gradient_cpu_(wide, targets, totals, ignore_index))
+        return losses
+    losses, maxima, totals = _native.ops().cross_entropy(logits, targets, ignore_index)
+    if wanted:
+        _native.ops().cross_entropy_backward_(logits, targets, maxima, totals, 1.0, ignore_index, logits)
+    return losses
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
@@ -484,6 +498,7 @@ register(
     triton_impl=_cross_entropy_triton,
     cpu_impl=_cross_entropy_cpu,
     fake=_fake,
+    cpu="native",
 )
 register(
     "cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, Tensor maxima, Tensor totals, Tensor scale,"
@@ -491,6 +506,7 @@ register(
     triton_impl=_cross_entropy_backward_triton,
     cpu_impl=_cross_entropy_backward_cpu,
     fake=_fake_backward,
+    cpu="native",
 )
 register(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_dx, bool need_dweight)"
@@ -498,6 +514,7 @@ register(
     triton_impl=_linear_cross_entropy_triton,
     cpu_impl=_linear_cross_entropy_cpu,
     fake=_fake_linear,
+    cpu="native",
 )
 
 
@@ -575,8 +592,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
 
     At most 1/16 of the logits (or 512 rows) is alive at a time, in the dtype of x; the loss is float32.
     Gradients of x and weight, where they are wanted, are made in the forward pass, summed in float32 in a fixed order
-    and rounded once, in backward. Float32 products obey torch.backends.cuda.matmul as torch's own do. Ignored rows,
-    targets outside the vocabulary and errors: as in `cross_entropy`.
+    and rounded once, in backward; on a CPU each product in bfloat16 is rounded as well. Float32 products obey
+    torch.backends.cuda.matmul as torch's own do. Ignored rows, targets outside the vocabulary and errors: as in
+    `cross_entropy`.
     """
     _check.rank("linear_cross_entropy", "weight", weight, "(V, C)")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1] or not x.shape[-1]:
