@@ -18,7 +18,8 @@ from benchmarks.measure import Row
 
 COMMAND = "python -m benchmarks.report"
 HEADLINE = (  # what README shows of a device: the first row of each that there is
-    "attention forward .*T=1024 ", "attention backward .*T=1024 ", "add_layer_norm forward", "linear ", "linear_cross_entropy",
+    "attention forward .*T=1024 ", "attention backward .*T=1024 ", "add_layer_norm forward", "linear ",
+    "linear_cross_entropy",
     "paged decode batch=(384|8) ", "decode \\S+ batch=8 ", "batch job", "training step",
 )  # fmt: skip
 BEGIN, END = "<!-- made by python -m benchmarks.report -->", "<!-- end -->"
