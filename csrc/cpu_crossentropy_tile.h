@@ -16,7 +16,7 @@ static void softmax_row(const T* logits, int64_t V, float* maximum, float* total
   for (int64_t v = whole; v < V; ++v) largest = to_float(logits[v]) > largest ? to_float(logits[v]) : largest;
   *maximum = largest;
   *total = sum_row(logits, V, [largest](Lanes sum, Lanes x, int count) {
-    return sum + keep_first(exponential(x - largest), count, MakeInts<kLanes>{});
+    return sum + keep_first(exponential(x - largest), count);
   });
 }
 

@@ -147,3 +147,30 @@ GPT2K_INLINE float horizontal_max(Lanes a) {
   if constexpr (STEP > 1) return horizontal_max<STEP / 2>(a);
   return a[0];
 }
+
+template <int... I>
+GPT2K_INLINE Lanes keep_first(Lanes v, int count, Ints<I...>) {
+  return (Lanes)((IntLanes)v & (IntLanes{I...} < count));
+}
+
+GPT2K_INLINE Lanes keep_first(Lanes v, int count) {  // the lanes from `count` on become 0
+  return keep_first(v, count, MakeInts<kLanes>{});
+}
+
+constexpr int kSums = 4;  // registers that add up a row in turns: one alone would wait for each addition
+
+// The sum over a row of term(register, how many of its lanes count), which is 0 in lanes that do not.
+template <class T, class Term>
+GPT2K_INLINE float sum_row(const T* x, int64_t C, Term term) {
+  Lanes sums[kSums] = {};
+  int64_t c = 0;
+  for (; c + kSums * kLanes <= C; c += kSums * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) sums[i] = term(sums[i], load(x + c + i * kLanes), kLanes);
+  }
+  for (int i = 0; c < C; c += kLanes, ++i) {
+    const int count = C - c < kLanes ? int(C - c) : kLanes;
+    sums[i] = term(sums[i], load_some(x + c, count), count);
+  }
+  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}

@@ -1,35 +1,12 @@
 // Layer normalisation on a CPU, included once per instruction set after cpu_lanes.h: a row's bits depend on the row alone.
 
-constexpr int kSums = 4;  // registers that add up a row in turns: one alone would wait for each addition
-
-template <int... I>
-GPT2K_INLINE Lanes keep_first(Lanes v, int count, Ints<I...>) {  // the other lanes become 0
-  return (Lanes)((IntLanes)v & (IntLanes{I...} < count));
-}
-
-// The sum over a row of term(register, how many of its lanes count), which is 0 in lanes that do not.
-template <class T, class Term>
-GPT2K_INLINE float sum_row(const T* x, int64_t C, Term term) {
-  Lanes sums[kSums] = {};
-  int64_t c = 0;
-  for (; c + kSums * kLanes <= C; c += kSums * kLanes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) sums[i] = term(sums[i], load(x + c + i * kLanes), kLanes);
-  }
-  for (int i = 0; c < C; c += kLanes, ++i) {
-    const int count = C - c < kLanes ? int(C - c) : kLanes;
-    sums[i] = term(sums[i], load_some(x + c, count), count);
-  }
-  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
 // (x - mean) rstd weight + bias of C values.
 template <class T>
 static void normalize_row(const T* x, const T* weight, const T* bias, int64_t C, float eps, T* y, float* mean,
                           float* rstd) {
   const float centre = sum_row(x, C, [](Lanes sum, Lanes v, int) { return sum + v; }) / float(C);
   const float variance = sum_row(x, C, [centre](Lanes sum, Lanes v, int count) {
-    const Lanes apart = keep_first(v - centre, count, MakeInts<kLanes>{});
+    const Lanes apart = keep_first(v - centre, count);
     return multiply_add(apart, apart, sum);
   }) / float(C);
   const float scale = 1.0f / std::sqrt(variance + eps);

@@ -1,7 +1,7 @@
 // The CPU operators of gpt2_kernels: paged attention over a block cache, the write of new keys and values into it,
-// products with a fused epilogue, in int8 too, layer norm, GELU, a whole layer of these; cross-entropy; sampling, and the
-// step from one token to the next. Checks and registration; cpu_attention.h, cpu_linear.h and cpu_sample.h split the work, the _tile.h
-// files hold the arithmetic over the registers of cpu_lanes.h.
+// products with a fused epilogue, in int8 too, layer norm, GELU, a whole layer of these; cross-entropy; sampling, and
+// the step from one token to the next. Checks and registration; cpu_attention.h, cpu_linear.h and cpu_sample.h split the
+// work, the _tile.h files hold the arithmetic over the registers of cpu_lanes.h.
 //
 // Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.13;
 // compiled at first use by gpt2_kernels/_native.py, which says why.

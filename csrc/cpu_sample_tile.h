@@ -30,8 +30,7 @@ static float exponential_row(const float* scores, int64_t V, float largest, floa
   Lanes sum = {};
   for (int64_t i = 0; i < V; i += kLanes) {
     const int here = V - i < kLanes ? int(V - i) : kLanes;
-    Lanes e = exponential((load_some(scores + i, here) - largest) / temperature);
-    for (int lane = here; lane < kLanes; ++lane) e[lane] = 0.0f;
+    const Lanes e = keep_first(exponential((load_some(scores + i, here) - largest) / temperature), here);
     if (weights != nullptr) store_some(weights + i, e, here);
     sum = sum + e;
   }
