@@ -239,8 +239,8 @@ def _environment(model: GPT2) -> dict[str, Any]:
 
     device = model.device
     cuda = device.type == "cuda"
-    versions: dict[str, str | None] = {"gpt2-kernels": ops.__version__}
-    for package in ("torch", "triton", "tiktoken"):
+    versions: dict[str, str | None] = {"gpt2-kernels": ops.__version__, "torch": torch.__version__}  # with its build
+    for package in ("triton", "tiktoken"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -75,6 +75,8 @@ class Logits:
         real = decode.Rows.draw
 
         def draw(rows: decode.Rows, logits: torch.Tensor, top: int) -> Any:
+            if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+                return real(rows, logits, top)  # nothing can be read, and replays do not come here
             active = (rows.contexts > 0).tolist()
             keys = zip(rows.ints[decode.SEED].tolist(), rows.ints[decode.POSITION].tolist(), active)
             for i, (seed, position, is_active) in enumerate(keys):
@@ -106,9 +108,7 @@ class Alone:
         key = tuple(prompt), params
         if key not in self.known:
             self.recorder.take()
-            engine = Engine(
-                self.model, max_batch=1, num_blocks=1, block_size=64, prefix_caching=False, cuda_graphs=False
-            )
+            engine = build(self.model, max_batch=1, num_blocks=1, block_size=64, prefix_caching=False)
             (completion,) = engine.generate([prompt], params)
             self.known[key] = completion, self.recorder.take()
         return self.known[key]
