@@ -108,7 +108,8 @@ def test_next_shows_ten_choices_and_appends_the_chosen_one(
     model, tokenizer = GPT2.from_pretrained(folder, dtype=torch.float32), load_tokenizer(folder)
     tokens = tokenizer.encode("once")
     with torch.no_grad():
-        shares, ids = torch.softmax(model(torch.tensor([tokens]))[0, -1].double(), -1).topk(10)
+        logits = model(torch.tensor([tokens], device=model.device))[0, -1]
+        shares, ids = torch.softmax(logits.double(), -1).topk(10)
     lines = out.splitlines()
     rows = [i for i, line in enumerate(lines) if line.startswith("  1 ")]
     assert len(rows) == 3  # at the start, after the choice, after taking it back
