@@ -22,6 +22,7 @@ from benchmarks.timing import Call
 from gpt2 import GPT2, PRESETS, GPT2Config, data, training
 from gpt2.parallel import World
 from gpt2.recipe import Recipe
+from gpt2.trainer import Trainer, optimizers
 
 Result = tuple[float, float]  # the loss, and the length of its gradient
 TWO_LAYERS = GPT2Config(vocab_size=8192, n_layer=2, n_head=12, n_embd=768, eos_token_id=8191)  # of the 124M model
@@ -43,7 +44,7 @@ def model_of(recipe: Recipe, config: GPT2Config, device: torch.device) -> GPT2:
 
 
 def ours(recipe: Recipe, config: GPT2Config, windows: data.Windows, device: torch.device) -> Call:
-    trainer = training.Trainer(recipe, config, windows, World(0, 1, device))
+    trainer = Trainer(recipe, config, windows, World(0, 1, device))
 
     def call() -> Result:
         with torch.enable_grad():
@@ -58,7 +59,7 @@ def step(build: Callable[[GPT2], tuple[nn.Module, Callable[[Tensor, Tensor], Ten
     def bind(recipe: Recipe, config: GPT2Config, windows: data.Windows, device: torch.device) -> Call:
         module, loss = build(model_of(recipe, config, device))
         parameters = dict(module.named_parameters())
-        (optimizer,) = training.optimizers(parameters, recipe)
+        (optimizer,) = optimizers(parameters, recipe)
         batches = [windows.batch(i * recipe.batch_size, recipe.batch_size) for i in range(8)]
         done = 0
 

@@ -337,8 +337,8 @@ void run_tiles(const AttentionShape& shape, const Pointers<T>& data, const std::
   const int64_t useful_threads = 1 + work / (128 << 10);  // waking a thread costs about as much as 128 Ki multiply-adds
   const int64_t grain = (count + useful_threads - 1) / useful_threads;
   // Tiles differ in cost (causal mask, ragged lengths), so threads take the next few from a counter instead of a fixed
-  // share: neighbours, whose keys lie side by side. While one is computed, the keys of the next come into the cache; after
-  // the last of a run that is a guess, since another thread may be quicker to take it.
+  // share: neighbours, whose keys lie side by side. While one is computed, the keys of the next come into the cache;
+  // after the last of a run that is a guess, since another thread may be quicker to take it.
   const int64_t run = std::min<int64_t>(8, 1 + count / (8 * int64_t(torch::stable::get_num_threads())));
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, count, grain, [&](int64_t, int64_t) {

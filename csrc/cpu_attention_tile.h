@@ -195,8 +195,8 @@ GPT2K_INLINE void find_rows(const AttentionShape& shape, const Pointers<T>& data
   }
 }
 
-// Blocks lie anywhere in memory, so the hardware does not foresee them; asked for one chunk ahead, they come from memory
-// faster (8 sequences of 1024 keys, larger than the caches: 1.3 to 2 times).
+// Blocks lie anywhere in memory, so the hardware does not foresee them; asked for one chunk ahead, they come from
+// memory faster (8 sequences of 1024 keys, larger than the caches: 1.3 to 2 times).
 template <class T>
 GPT2K_INLINE void fetch_rows(const AttentionShape& shape, const T* const* keys, const T* const* values, int first,
                              int last) {

@@ -1,7 +1,8 @@
-// Cross-entropy of one row of logits, included once per instruction set after cpu_lanes.h: a row's bits depend on the row
-// alone.
+// Cross-entropy of one row of logits, included once per instruction set after cpu_lanes.h: a row's bits depend on the
+// row alone.
 
-// The largest of V logits, and the sum of exp(logit - largest). A NaN makes the sum NaN, and so does an infinite maximum.
+// The largest of V logits, and the sum of exp(logit - largest). A NaN makes the sum NaN, and so does an infinite
+// maximum.
 template <class T>
 static void softmax_row(const T* logits, int64_t V, float* maximum, float* total) {
   constexpr int kTops = 4;

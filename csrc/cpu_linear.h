@@ -69,8 +69,8 @@ void run_linear(const typename Dot::X* x, int64_t x_stride, const typename Dot::
       const int64_t row = i / blocks_n * kLinearRows, col = i % blocks_n * kLinearCols;
       const int rows = int(M - row < kLinearRows ? M - row : kLinearRows);
       const int cols = int(to.N - col < kLinearCols ? to.N - col : kLinearCols);
-      avx512_dot::dot_block<Dot>({x + row * x_stride, weight + col * weight_stride, x_stride, weight_stride, K, rows, cols},
-                                 sums);
+      avx512_dot::dot_block<Dot>(
+          {x + row * x_stride, weight + col * weight_stride, x_stride, weight_stride, K, rows, cols}, sums);
       avx512_dot::finish_block(sums, to, row, rows, col, cols);
     }
   });

@@ -85,9 +85,9 @@ GPT2K_INLINE typename Dot::Sum dot_tile(const typename Dot::X* const* x, const t
   return sum_each(sums);
 }
 
-// Sums of `rows` rows with `cols` columns, COLS at a time; what lies past either end repeats the last one. The weights of
-// the next columns are fetched while these are multiplied, FETCHED of them in each of the first passes over the rows, so
-// that the first pass alone does not wait for memory.
+// Sums of `rows` rows with `cols` columns, COLS at a time; what lies past either end repeats the last one. The weights
+// of the next columns are fetched while these are multiplied, FETCHED of them in each of the first passes over the
+// rows, so that the first pass alone does not wait for memory.
 template <class Dot, int ROWS, int FETCHED>
 GPT2K_INLINE void dot_columns(const LinearBlock<typename Dot::X, typename Dot::Weight>& block, int32_t* sums) {
   constexpr int kCols = 16 / ROWS;
@@ -99,7 +99,9 @@ GPT2K_INLINE void dot_columns(const LinearBlock<typename Dot::X, typename Dot::W
     const typename Dot::Weight* next = block.weight + (col + kCols) * block.weight_stride;
     for (int row = 0, fetched = 0; row < block.rows; row += ROWS, fetched += FETCHED) {
       const typename Dot::X* x[ROWS];
-      for (int i = 0; i < ROWS; ++i) x[i] = block.x + (row + i < block.rows ? row + i : block.rows - 1) * block.x_stride;
+      for (int i = 0; i < ROWS; ++i) {
+        x[i] = block.x + (row + i < block.rows ? row + i : block.rows - 1) * block.x_stride;
+      }
       const int64_t stride = block.weight_stride;
       const auto tile = fetched < kCols
                             ? dot_tile<Dot, ROWS, FETCHED>(x, weight, block.K, next + fetched * stride, stride)

@@ -1,7 +1,7 @@
 // The CPU operators of gpt2_kernels: paged attention over a block cache, the write of new keys and values into it,
 // products with a fused epilogue, in int8 too, layer norm, GELU, a whole layer of these; cross-entropy; sampling, and
-// the step from one token to the next. Checks and registration; cpu_attention.h, cpu_linear.h and cpu_sample.h split the
-// work, the _tile.h files hold the arithmetic over the registers of cpu_lanes.h.
+// the step from one token to the next. Checks and registration; cpu_attention.h, cpu_linear.h and cpu_sample.h split
+// the work, the _tile.h files hold the arithmetic over the registers of cpu_lanes.h.
 //
 // Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.13;
 // compiled at first use by gpt2_kernels/_native.py, which says why.
@@ -262,7 +262,8 @@ void advance_(const Tensor& drawn, const Tensor& tokens, const Tensor& positions
   const int64_t room = block_table.size(1) * block_size;
   for (int64_t s = 0; s < S; ++s) {
     STD_TORCH_CHECK(!goes_on(s) || (position[s] >= -1 && position[s] + 1 < room), op,
-                    ": positions must lie in -1..", room - 2, " (before the last place of block_table), got ", position[s]);
+                    ": positions must lie in -1..", room - 2, " (before the last place of block_table), got ",
+                    position[s]);
   }
   const int32_t* table = static_cast<const int32_t*>(block_table.const_data_ptr());
   int64_t* row = static_cast<int64_t*>(record.mutable_data_ptr()) + (*step)++ * record.stride(0);
@@ -372,8 +373,9 @@ void softmax_all(const T* logits, int64_t stride, int64_t V, const int64_t* targ
 }
 
 template <class T>
-void softmax_gradient_all(const T* logits, int64_t stride, int64_t V, const int64_t* targets, int64_t R, int64_t ignored,
-                          const float* maxima, const float* totals, float factor, T* gradients, int64_t out_stride) {
+void softmax_gradient_all(const T* logits, int64_t stride, int64_t V, const int64_t* targets, int64_t R,
+                          int64_t ignored, const float* maxima, const float* totals, float factor, T* gradients,
+                          int64_t out_stride) {
   const auto gradient = choose_softmax_gradient_function<T>();
   torch::stable::parallel_for(0, R, 1 + (16 << 10) / V, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -399,8 +401,8 @@ const int64_t* check_cross_entropy(const char* op, const Tensor& logits, const T
   return target;
 }
 
-// logits (R, V), targets (R,) int64 -> each row's loss, largest logit and sum of exp(logit - largest), (R,) float32. A row
-// whose target is ignore_index is not read: 0, 0 and 1.
+// logits (R, V), targets (R,) int64 -> each row's loss, largest logit and sum of exp(logit - largest), (R,) float32. A
+// row whose target is ignore_index is not read: 0, 0 and 1.
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets, int64_t ignore_index) {
   const int64_t* target = check_cross_entropy("cross_entropy", logits, targets, ignore_index);
   const int64_t R = logits.size(0), V = logits.size(1), stride = logits.stride(0);
@@ -616,7 +618,8 @@ Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias, const 
 }
 
 // One layer of a GPT-2 over packed tokens x (N, C), the operators above in one call and with their bits. weights:
-// weight and bias of ln_1, c_attn, attn.c_proj, ln_2, c_fc and mlp.c_proj; scales: of the four matrices in int8, or none.
+// weight and bias of ln_1, c_attn, attn.c_proj, ln_2, c_fc and mlp.c_proj; scales: of the four matrices in int8, or
+// none.
 Tensor paged_layer_(const Tensor& x, const std::vector<Tensor> weights, const std::vector<Tensor> scales,
                     const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots, const Tensor& block_table,
                     const Tensor& context_lens, const Tensor& cu_seqlens_q, double scale, double eps,
@@ -712,7 +715,8 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
       "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int activation) -> Tensor");
   m.def(
       "paged_layer_(Tensor x, Tensor[] weights, Tensor[] scales, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
-      "Tensor block_table, Tensor context_lens, Tensor cu_seqlens_q, float scale, float eps, int activation) -> Tensor");
+      "Tensor block_table, Tensor context_lens, Tensor cu_seqlens_q, float scale, float eps, int activation) "
+      "-> Tensor");
 #endif
 }
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 import re
 import sys
 from collections.abc import Callable
@@ -186,31 +185,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    import torch
+    from gpt2_kernels import env_report
 
-    import gpt2_kernels as ops
-    from gpt2_kernels import _native, _runtime
-
-    triton = _runtime.triton.__version__ if _runtime.HAS_TRITON else "not installed"
-    print(
-        f"gpt2-kernels {ops.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    )
-    print(f"torch {torch.__version__}, triton {triton}")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.insert(0, "cuda")
-        for i in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(i)
-            memory = torch.cuda.get_device_properties(i).total_memory / 2**30
-            print(f"cuda:{i}  {torch.cuda.get_device_name(i)}, sm_{major}{minor}, {memory:.0f} GiB")
-    else:
-        print("no CUDA device: everything runs on the CPU")
-    print(f"cpu     {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    print(f"C++ operators: {_native.status()}")
-    print()
-    width = max(len(op) for op in ops.OPS) + 2
-    print(f"{'operator':{width}}" + "".join(f"{'on ' + device:28}" for device in devices))
-    for op in sorted(ops.OPS):
-        print(f"{op:{width}}" + "".join(f"{ops.path_of(op, device):28}" for device in devices).rstrip())
-    print()
-    print(f"models: {', '.join(PRESETS)}, or a folder")
+    print(env_report.report())
+    print(f"models         {', '.join(PRESETS)}, or a folder")

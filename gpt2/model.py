@@ -11,11 +11,9 @@ PyTorch.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,169 +21,10 @@ from torch import Tensor, nn
 import gpt2_kernels as ops
 from gpt2 import weights
 from gpt2.config import GPT2Config
+from gpt2.layer import Block, LayerCache, PagedBatch, attend_paged, in_one_call, linear, normalize, plain_block
 from gpt2.reference import initialize
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (..., H, D) -> (..., H, D)
 Watch = Callable[[int, Tensor, Tensor, float, Tensor], None]  # layer, q, k, scale, logsumexp
-
-
-@dataclasses.dataclass(frozen=True)
-class PagedBatch:
-    """Packed tokens of S sequences, and where their keys and values lie. All tensors on the model's device."""
-
-    tokens: Tensor  # (N,) int64
-    positions: Tensor  # (N,) int64, of each token in its own sequence
-    slots: Tensor  # (N,) int64, where each token's key and value go
-    block_table: Tensor  # (S, max_blocks) int32
-    context_lens: Tensor  # (S,) int32, tokens in the cache once these are in
-    cu_seqlens: Tensor  # (S + 1,) int32, first row of each sequence
-    max_seqlen: int  # most rows of one sequence; 1 is decode
-
-
-class LayerCache(NamedTuple):
-    """The paged cache of one layer; scales (H,) float32 where it is float8_e4m3fn."""
-
-    keys: Tensor  # (num_blocks, block_size, H, D)
-    values: Tensor  # (num_blocks, block_size, H, D)
-    key_scale: Tensor | None = None
-    value_scale: Tensor | None = None
-
-
-class SelfAttention(nn.Module):
-    """The two projections around attention."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.heads = (3, config.n_head, config.head_dim)
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor, residual: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
-        qkv = _linear(self.c_attn, x, batch_invariant).unflatten(-1, self.heads)  # (..., 3, H, D)
-        q, k, v = qkv.unbind(-3)  # three views, no copy
-        return _linear(self.c_proj, attend(q, k, v).flatten(-2), batch_invariant, residual=residual)
-
-
-class MLP(nn.Module):
-    """The weights of the GELU MLP."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_width)
-        self.c_proj = nn.Linear(config.mlp_width, config.n_embd)
-
-    def forward(self, x: Tensor, residual: Tensor, batch_invariant: bool = True) -> Tensor:
-        w1, w2 = self.c_fc, self.c_proj
-        if w1.weight.dtype == torch.int8:
-            hidden = _linear(w1, x, activation="gelu_tanh" if self.approximate == "tanh" else "gelu")
-            return _linear(w2, hidden, residual=residual)
-        return ops.gelu_mlp(
-            x,
-            w1.weight,
-            w1.bias,
-            w2.weight,
-            w2.bias,
-            approximate=self.approximate,
-            residual=residual,
-            batch_invariant=batch_invariant,
-        )
-
-
-class Block(nn.Module):
-    """One layer: attention, then MLP, each on a normalised copy of the stream and added to it."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = SelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
-        x = self.attn(_normalize(self.ln_1, x), x, attend, batch_invariant)
-        return self.mlp(_normalize(self.ln_2, x), x, batch_invariant)
-
-
-def _linear(layer: nn.Module, x: Tensor, batch_invariant: bool = True, **options: Any) -> Tensor:
-    """The product with a layer's weight, and its bias if it has one; in int8 where `GPT2.quantize_` made it so."""
-    weight: Any = layer.weight
-    bias = getattr(layer, "bias", None)
-    if weight.dtype == torch.int8:
-        return ops.linear_int8(x, weight, layer.get_buffer("weight_scale"), bias, **options)
-    return ops.linear(x, weight, bias, batch_invariant=batch_invariant, **options)
-
-
-class _Plain(NamedTuple):
-    """What `ops.paged_layer_` takes of a block."""
-
-    weights: list[Tensor]
-    scales: list[Tensor]  # of int8 weights
-    activation: str
-
-
-_FORWARDS = {kind: kind.forward for kind in (Block, SelfAttention, MLP, nn.Linear, nn.LayerNorm)}
-
-
-def _untouched(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether calling a module still means its class's own `forward` and nothing else."""
-    return (
-        type(module) is kind
-        and kind.forward is _FORWARDS[kind]
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
-
-
-def _plain(block: Any, heads: tuple[int, ...], eps: float) -> _Plain | None:
-    """The tensors of a block; None where somebody has made it compute anything else than `Block` does.
-
-    Asked for at every token: through the dictionaries of modules, whose attributes are ten times slower.
-    """
-    if not _untouched(block, Block):
-        return None
-    attn, mlp = block._modules.get("attn"), block._modules.get("mlp")
-    if not _untouched(attn, SelfAttention) or not _untouched(mlp, MLP) or attn.heads != heads:
-        return None
-    norms = [block._modules.get(name) for name in ("ln_1", "ln_2")]
-    places = ((attn, "c_attn"), (attn, "c_proj"), (mlp, "c_fc"), (mlp, "c_proj"))
-    linears = [part._modules.get(name) for part, name in places]
-    if not all(_untouched(m, nn.LayerNorm) and m.eps == eps for m in norms):
-        return None
-    if not all(_untouched(m, nn.Linear) for m in linears):
-        return None
-    layers = (norms[0], *linears[:2], norms[1], *linears[2:])
-    weights = [m._parameters.get(name) for m in layers for name in ("weight", "bias")]
-    if any(w is None or w.stride(-1) != 1 for w in weights):
-        return None
-    scales = [m._buffers.get("weight_scale") for m in linears if m._parameters["weight"].dtype == torch.int8]
-    if scales and (len(scales) < len(linears) or any(s is None for s in scales)):
-        return None
-    return _Plain(weights, scales, "gelu_tanh" if mlp.approximate == "tanh" else "gelu")
-
-
-def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
-def _attend_paged(q: Tensor, k: Tensor, v: Tensor, *, batch: PagedBatch, cache: LayerCache, scale: float) -> Tensor:
-    """Attention (N, H, D) over what the cache holds, with keys and values of the new tokens written to it first."""
-    scales: dict[str, Any] = {}
-    if cache.key_scale is not None:
-        scales = {"k_scale": cache.key_scale, "v_scale": cache.value_scale}
-    ops.append_kv_(k, v, cache.keys, cache.values, batch.slots, **scales)
-    return ops.paged_attention(
-        q,
-        cache.keys,
-        cache.values,
-        batch.block_table,
-        batch.context_lens,
-        batch.cu_seqlens,
-        batch.max_seqlen,
-        scale=scale,
-        **scales,
-    )
 
 
 class GPT2(nn.Module):
@@ -284,7 +123,7 @@ class GPT2(nn.Module):
                 return y if isinstance(y, Tensor) else y[0]
 
             x = block(x, attend, batch_invariant)
-        return _normalize(self.ln_f, x)
+        return normalize(self.ln_f, x)
 
     def hidden_packed(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Final hidden states (N, C) of whole sequences of any lengths, packed without padding: tokens (N,) int64.
@@ -308,7 +147,7 @@ class GPT2(nn.Module):
                 return y if isinstance(y, Tensor) else y[0]
 
             x = block(x, attend)
-        return _normalize(self.ln_f, x)
+        return normalize(self.ln_f, x)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if not self.is_int8:
@@ -320,41 +159,25 @@ class GPT2(nn.Module):
     def forward_paged(self, batch: PagedBatch, cache: Sequence[LayerCache]) -> Tensor:
         """Final hidden states (N, C) of packed tokens; their keys and values are written to the cache of each layer."""
         x = self._embed(batch.tokens, batch.positions)
-        in_one_call = (
+        fits = (
             cache[0].keys.dtype == x.dtype
             and ops.has_paged_layer(x, int8=self.is_int8)
             and not torch.compiler.is_compiling()
             and not nn.modules.module._has_any_global_hook()
         )
-        heads = 3, *cache[0].keys.shape[2:]
+        heads, eps = (3, *cache[0].keys.shape[2:]), self.config.layer_norm_epsilon
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
-            plain = _plain(block, heads, self.config.layer_norm_epsilon) if in_one_call else None
+            plain = plain_block(block, heads, eps) if fits else None
             if plain is None:
-                x = block(x, functools.partial(_attend_paged, batch=batch, cache=cache[layer], scale=scale))
+                x = block(x, functools.partial(attend_paged, batch=batch, cache=cache[layer], scale=scale))
             else:
-                x = self._layer(x, plain, batch, cache[layer], scale)
-        return _normalize(self.ln_f, x)
-
-    def _layer(self, x: Tensor, plain: _Plain, batch: PagedBatch, cache: LayerCache, scale: float) -> Tensor:
-        return ops.paged_layer_(
-            x,
-            plain.weights,
-            cache.keys,
-            cache.values,
-            batch.slots,
-            batch.block_table,
-            batch.context_lens,
-            batch.cu_seqlens,
-            scale=scale,
-            eps=self.config.layer_norm_epsilon,
-            activation=plain.activation,
-            weight_scales=plain.scales,
-        )
+                x = in_one_call(x, plain, batch, cache[layer], scale=scale, eps=eps)
+        return normalize(self.ln_f, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., V) of every token: the output embedding is the input embedding."""
-        return _linear(self.wte, hidden)
+        return linear(self.wte, hidden)
 
     @torch.no_grad()
     def generate(

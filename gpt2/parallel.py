@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 import gpt2_kernels as ops
-from gpt2.model import GPT2, MLP, Attend, SelfAttention
+from gpt2.layer import MLP, Attend, SelfAttention
+from gpt2.model import GPT2
 
 T = TypeVar("T")
 

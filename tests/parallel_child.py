@@ -16,15 +16,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from gpt2 import GPT2, Engine, SamplingParams, data, parallel, training
 from gpt2.parallel import World
 from gpt2.recipe import Recipe
+from gpt2.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def trainer(world: World, folder: str, **changes: object) -> training.Trainer:
+def trainer(world: World, folder: str, **changes: object) -> Trainer:
     recipe = Recipe(data=folder, model=folder, batch_size=4, micro_batch=1, steps=9, lr=1e-2, **changes)  # type: ignore[arg-type]
     config, _ = training._model_of(recipe)
     tokens = np.random.default_rng(1).integers(0, 288, 150).astype(np.uint16)
-    return training.Trainer(recipe, config, data.Windows(tokens, 16, "random", 1), world)
+    return Trainer(recipe, config, data.Windows(tokens, 16, "random", 1), world)
 
 
 def data_parallel(world: World, folder: str) -> None:

@@ -129,7 +129,7 @@ def test_info_shows_the_path_of_every_operator(capsys: pytest.CaptureFixture[str
     status, out, _ = run(capsys, "info")
     assert status == 0
     for op in ops.OPS:
-        line = next(line for line in out.splitlines() if line.startswith(op + " "))
+        line = next(line for line in out.splitlines() if line.startswith(f"  {op} "))
         assert ops.path_of(op, "cpu") in line
     assert torch.__version__ in out and "C++ operators" in out
 

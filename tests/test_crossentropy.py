@@ -13,13 +13,13 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2_kernels as ops
-from gpt2_kernels import crossentropy
+from gpt2_kernels import _check, _crossentropy_cpu, crossentropy
 
 
 @pytest.fixture(autouse=True)
 def chunks_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that shapes which the interpreter can bear are taken in several chunks."""
-    monkeypatch.setattr(crossentropy, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(_crossentropy_cpu, "FEWEST_ROWS", 1)
 
 
 VOCABULARIES = [
@@ -93,7 +93,7 @@ def test_gpt2_vocabulary(path: torch.device, dtype: torch.dtype) -> None:
 
 
 def test_more_rows_than_the_cpu_takes_at_a_time(path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossentropy, "CHUNK_CPU", 100)  # 3 of these rows; the kernel knows no such chunks
+    monkeypatch.setattr(_crossentropy_cpu, "CHUNK", 100)  # 3 of these rows; the kernel knows no such chunks
     logits, targets = inputs(path, torch.float32, 8, 33)
     compare(ops.cross_entropy, torch_loss, [logits], targets)
 
@@ -286,7 +286,7 @@ def test_mean_of_many_rows(path: torch.device) -> None:
     losses = torch.rand(2 * crossentropy.BLOCK_MEAN + 5, device=path)
     targets = torch.randint(-1, 2, losses.shape, device=path)
     mean = (
-        crossentropy._mean if ops.path_of("cross_entropy", path.type).startswith("Triton") else crossentropy._mean_cpu
+        crossentropy._mean if ops.path_of("cross_entropy", path.type).startswith("Triton") else _crossentropy_cpu.mean
     )
     loss, scale = mean(losses * (targets != -1), targets, -1)
     kept = losses[targets != -1].double()
@@ -367,7 +367,7 @@ def test_at_most_a_sixteenth_of_the_logits_is_alive(
 ) -> None:
     R, C, V = 512, 2, 1000
     x, weight, targets = linear_inputs(path, dtype, R, C, V)
-    run = crossentropy._linear_cross_entropy_cpu
+    run = _crossentropy_cpu.linear_cross_entropy
     if ops.path_of("linear_cross_entropy", path.type).startswith("Triton"):
         run = crossentropy._linear_cross_entropy_triton
         if path.type == "cpu":
@@ -406,7 +406,7 @@ class Nothing:
 )
 def test_rows_of_a_chunk(monkeypatch: pytest.MonkeyPatch, R: int, row: int, alive: int, expected: int) -> None:
     monkeypatch.undo()  # the package's own fewest rows
-    assert crossentropy._chunk_rows(R, row, alive) == expected
+    assert _crossentropy_cpu.chunk_rows(R, row, alive) == expected
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
@@ -466,7 +466,7 @@ def test_a_target_outside_the_vocabulary(path: torch.device, target: int, monkey
             return
         import interpreter
 
-        monkeypatch.setattr(crossentropy, "_check_targets", lambda *_: None)
+        monkeypatch.setattr(_check, "targets", lambda *_: None)
         with pytest.raises(Exception, match="a target lies outside the vocabulary"):
             ops.cross_entropy(logits, targets)
         interpreter.install(debug_asserts=False)

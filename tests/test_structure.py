@@ -12,16 +12,18 @@ import pytest
 from conftest import ROOT
 
 KERNELS, MODEL = ROOT / "kernels" / "gpt2_kernels", ROOT / "gpt2"
-FOUNDATION = ("_native", "_runtime", "_check", "_attention", "_thresholds", "_paged_decode", "reference")
+FOUNDATION = (
+    "_native", "_runtime", "_check", "_attention", "_thresholds", "_crossentropy_cpu", "_paged_decode", "reference",
+)  # fmt: skip
 WRAPPERS = ("sdpa", "modules")  # no kernels of their own: they import the operator files
 TOOLS = ("dropin", "explanation", "env_report", "warmup")  # on top of both
 OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDATION, *WRAPPERS, *TOOLS, "__init__"))
 
 # Each may import those before it, and nothing else of the package.
 MODEL_ORDER = (
-    "config", "profiling", "blocks", "text", "sampling", "recipe", "weights", "tokenizer", "reference", "model",
-    "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "parallel", "training", "__init__",
-    "options", "commands", "evaluate", "harness", "batch_files", "batch", "cli", "__main__",
+    "config", "profiling", "blocks", "text", "sampling", "recipe", "weights", "tokenizer", "reference", "layer",
+    "model", "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "parallel", "trainer",
+    "training", "__init__", "options", "commands", "evaluate", "harness", "batch_files", "batch", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -63,13 +65,13 @@ def test_the_model_is_built_in_one_direction() -> None:
 
 
 def test_the_explorer_stands_on_the_model_and_only_the_command_leads_to_it() -> None:
-    order = ("metrics", "worker", "api", "look", "server", "__init__")
+    order = ("metrics", "worker", "api", "look", "completion", "guard", "server", "__init__")
     folder = MODEL / "explorer"
     assert {p.stem for p in folder.glob("*.py")} == set(order)
     for i, stem in enumerate(order):
         assert not imports(folder / f"{stem}.py") & {f"gpt2.explorer.{name}" for name in order[i:]}, stem
         needs = {name.split(".")[0] for name in imports(folder / f"{stem}.py")}
-        assert stem in ("server", "__init__") or not needs & {"starlette", "uvicorn"}, stem
+        assert stem in ("guard", "server", "__init__") or not needs & {"starlette", "uvicorn"}, stem
     for path in (*MODEL.glob("*.py"), *KERNELS.glob("*.py")):
         roots = {name.split(".")[0] for name in imports(path)}
         assert "gpt2.explorer" not in imports(path) and not roots & {"starlette", "uvicorn"}, path.name

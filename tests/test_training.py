@@ -27,6 +27,7 @@ from conftest import ROOT
 from gpt2 import GPT2, ReferenceGPT2, checkpoint, cli, data, load_tokenizer, training
 from gpt2.parallel import World
 from gpt2.recipe import Recipe
+from gpt2.trainer import Trainer
 
 CPU = World(0, 1, torch.device("cpu"))
 WORDS = "the cat and a dog sat on some mat while rain fell over every old town".split()
@@ -78,12 +79,12 @@ def process(args: list[str], **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
-def trainer(text: str, folder: str, **changes: Any) -> training.Trainer:
+def trainer(text: str, folder: str, **changes: Any) -> Trainer:
     recipe = Recipe(**{"data": text, "model": folder, "steps": 6, "batch_size": 4, "lr": 1e-2, **changes})
     config, tokenizer = training._model_of(recipe)
     tokens = np.array(tokenizer.encode_ordinary(Path(text).read_text())[:1000], dtype=np.uint16)
     windows = data.Windows(tokens, recipe.context or 16, recipe.order, recipe.seed)
-    return training.Trainer(recipe, config, windows, CPU)
+    return Trainer(recipe, config, windows, CPU)
 
 
 def assert_same_state(a: Path, b: Path) -> None:
@@ -247,16 +248,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     options = dict(steps=20, save_every=8, log_every=1, keep=9, **changes)
     assert run(capsys, text, folder, tmp_path / "clean", **options)[0] == 0
 
-    update = training.Trainer.update
+    update = Trainer.update
 
-    def interrupted(self: training.Trainer, stop: int = 0) -> Any:
+    def interrupted(self: Trainer, stop: int = 0) -> Any:
         if self.step == 12:
             os.kill(os.getpid(), signal.SIGTERM)
             stop = signal.SIGTERM  # as the loop will pass it from the next step on
         return update(self, stop)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Trainer, "update", interrupted)
+        patch.setattr(Trainer, "update", interrupted)
         status, err = run(capsys, text, folder, tmp_path / "cut", **options)
     assert status == 128 + signal.SIGTERM and "stopped by signal 15 after step 13" in err
     assert not (tmp_path / "cut" / "final").exists()

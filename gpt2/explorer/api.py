@@ -193,6 +193,14 @@ def shorten(value: Any, *, quote: bool = True) -> str:
 # -- answers
 
 
+def dump_json(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False)
+
+
+def too_slow(seconds: float) -> ApiError:
+    return ApiError(504, f"an answer may take {seconds:g} s; ask for fewer tokens", code="timeout")
+
+
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     return {
         "prompt_tokens": prompt_tokens,

@@ -13,16 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import functools
-import hmac
-import json
-import secrets
 import socket
-import sys
 import time
-import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,16 +26,17 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from gpt2.engine import Engine
 from gpt2.explorer import api, look
 from gpt2.explorer.api import ApiError
+from gpt2.explorer.completion import Writing
+from gpt2.explorer.guard import Bearer, Gate, Guard, Json, Limits
 from gpt2.explorer.metrics import Metrics
-from gpt2.explorer.worker import EngineError, Job, Worker
-from gpt2.request import Logprob, Output
+from gpt2.explorer.worker import EngineError, Worker
 
 PAGE = {"/": ("index.html", "text/html"), "/explorer.css": ("explorer.css", "text/css")} | {
     "/explorer.js": ("explorer.js", "text/javascript")
@@ -54,19 +48,8 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-DRAIN_BYTES, DRAIN_SECONDS = 1 << 26, 10.0  # of a body nobody wants, read so that its sender hears the answer
 
 Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one client may cost the others."""
-
-    body_bytes: int = 1 << 20
-    body_seconds: float = 30.0  # until a body has come
-    requests: int = 256  # at work or waiting; more are answered 429
-    seconds: float = 600.0  # until an answer is complete
 
 
 def create_app(
@@ -85,7 +68,7 @@ def create_app(
     """
     server = _Server(engine, name, limits or Limits())
     middleware = [
-        Middleware(_Gate, metrics=server.metrics),
+        Middleware(Gate, metrics=server.metrics),
         Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
     ]
     if origins:
@@ -93,7 +76,7 @@ def create_app(
             Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
         )
     if api_key is not None:
-        middleware.append(Middleware(_Bearer, key=api_key))
+        middleware.append(Middleware(Bearer, key=api_key, free=(*PAGE, "/health")))
     routes = [Route(path, _page(*file), methods=["GET"]) for path, file in PAGE.items()]
     routes += [
         Route("/explorer/model", server.describe, methods=["GET"]),
@@ -127,17 +110,6 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await asyncio.to_thread(self.config.app.state.worker.close)  # type: ignore[union-attr]
         await super().shutdown(sockets)
-
-
-class Json(JSONResponse):
-    """In ASCII, so that whatever a client sent can be quoted to it."""
-
-    def render(self, content: Any) -> bytes:
-        return _dump(content).encode()
-
-
-def _dump(content: Any) -> str:
-    return json.dumps(content, separators=(",", ":"), allow_nan=False)
 
 
 def _http_error(request: Request, e: Exception) -> Response:
@@ -181,11 +153,10 @@ class _Server:
         self.worker = Worker(engine)
         self.metrics = Metrics()
         self.name = name
-        self.limits = limits
+        self.guard = Guard(limits)
         self.model = engine.model
         self.tokenizer = engine.tokenizer
         self.encode = api.Encoder(engine.tokenizer, engine.model.config)
-        self.active = 0  # requests that were let in and are not answered yet
         self.created = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -196,81 +167,27 @@ class _Server:
         finally:
             await asyncio.to_thread(self.worker.close)
 
-    # -- what all requests have in common
-
-    async def _object(self, request: Request) -> dict[str, Any]:
-        """The JSON object that a client sends."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # what a form of another web page can send without asking
-            raise ApiError(415, f"the content type must be application/json, got {api.shorten(kind)}")
-        limit = self.limits.body_bytes
-        body = bytearray()
-
-        async def read() -> None:
-            async for chunk in request.stream():
-                body.extend(chunk)
-                if len(body) > limit:
-                    raise ApiError(413, f"a body must be at most {limit} bytes")
-
-        try:
-            await asyncio.wait_for(read(), self.limits.body_seconds)
-        except asyncio.TimeoutError:
-            raise ApiError(408, f"the body must come within {self.limits.body_seconds:g} s") from None
-        return api.parse_json(bytes(body))
-
-    def _enter(self) -> Callable[[], None]:
-        """Count a request in; returns what counts it out, once."""
-        if self.active >= self.limits.requests:
-            raise ApiError(429, f"{self.limits.requests} requests are at work; try again", code="too_many_requests")
-        self.active += 1
-        stack = contextlib.ExitStack()
-
-        def leave() -> None:
-            self.active -= 1
-
-        stack.callback(leave)
-        return stack.close
-
-    async def _answer(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, which is cancelled where the client goes away or the time is over."""
-        task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(_disconnect(request))
-        try:
-            await asyncio.wait({task, gone}, timeout=self.limits.seconds, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            if gone.done():
-                raise ClientDisconnect
-            raise self._late()
-        finally:
-            task.cancel()
-            gone.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
-
-    def _late(self) -> ApiError:
-        return ApiError(504, f"an answer may take {self.limits.seconds:g} s; ask for fewer tokens", code="timeout")
-
     async def _compute(self, request: Request, work: Callable[[], Result]) -> Result:
-        leave = self._enter()
+        leave = self.guard.enter()
         try:
-            return await self._answer(request, self.worker.run(work))
+            return await self.guard.answer(request, self.worker.run(work))
         finally:
             leave()
 
     # -- OpenAI's protocol
 
     async def completions(self, request: Request) -> Response:
-        wanted = api.parse_request(await self._object(request), self.name)
+        wanted = api.parse_request(await self.guard.content(request), self.name)
         prompts = [self.encode(prompt, room=wanted.max_tokens) for prompt in wanted.prompts]
-        leave = self._enter()
+        leave = self.guard.enter()
         handed_on = False
         try:
-            writing = _Writing(self, wanted, prompts)
+            writing = Writing(self.worker, self.tokenizer, self.metrics, self.name, wanted, prompts)
             if not wanted.stream:
-                return Json(await self._answer(request, writing.whole()))
-            await self._answer(request, writing.begin())
+                return Json(await self.guard.answer(request, writing.whole()))
+            await self.guard.answer(request, writing.begin())
             handed_on = True
-            return _Events(writing.events(self.limits.seconds), leave)
+            return _Events(writing.events(self.guard.limits.seconds), leave)
         finally:
             if not handed_on:
                 leave()
@@ -313,7 +230,7 @@ class _Server:
 
     async def look(self, request: Request) -> Response:
         """{"prompt": a text or token ids} -> its tokens, and what may come next."""
-        content = await self._object(request)
+        content = await self.guard.content(request)
         tokens = self.encode(content.get("prompt"))
         scores, following = await self._compute(request, lambda: look.look(self.model, tokens))
         logprobs = [None, *(s.logprob for s in scores)]
@@ -328,7 +245,7 @@ class _Server:
 
     async def attention(self, request: Request) -> Response:
         """{"prompt", "layer", "head"}, null for the average -> what each token attends to."""
-        content = await self._object(request)
+        content = await self.guard.content(request)
         tokens = self.encode(content.get("prompt"))
         config = self.model.config
         chosen = []
@@ -358,186 +275,5 @@ class _Server:
         return Json({"status": "ok"})
 
     async def show_metrics(self, request: Request) -> Response:
-        text = self.metrics.text(self.worker.stats, active=self.active, jobs=self.worker.jobs)
+        text = self.metrics.text(self.worker.stats, active=self.guard.active, jobs=self.worker.jobs)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-
-class _Writing:
-    """The answer to one completions request in the making."""
-
-    def __init__(self, server: _Server, wanted: api.CompletionRequest, prompts: list[list[int]]) -> None:
-        self.server = server
-        self.worker = server.worker
-        self.wanted = wanted
-        self.prompts = prompts
-        self.job = Job(prompts, wanted.params, follow=wanted.stream)
-        self.scores: list[Sequence[Logprob] | None] = [None] * len(prompts)
-        self.started = time.monotonic()
-        self.choices = [
-            [api.Choice(p * wanted.params.n + i, wanted, server.tokenizer, tokens) for i in range(wanted.params.n)]
-            for p, tokens in enumerate(prompts)
-        ]
-        self.head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": server.name,
-        }
-
-    async def begin(self) -> None:
-        """Queue the prompts, and score them where the answer repeats them; ValueError becomes the client's error."""
-        try:
-            if self.wanted.max_tokens:
-                await self.worker.submit(self.job)
-            else:
-                self.job.outputs = [[Output("", [], "length", [])] * self.wanted.params.n for _ in self.prompts]
-            if self.wanted.echo and self.wanted.logprobs is not None:
-                for index, tokens in enumerate(self.prompts):
-                    self.scores[index] = await self.worker.run(functools.partial(self._score, tokens))
-        except ValueError as e:
-            raise ApiError(400, str(e)) from None
-        except BaseException:
-            self.worker.drop(self.job)
-            raise
-
-    def _score(self, tokens: list[int]) -> list[Logprob]:
-        return look.score(self.server.model, tokens, self.wanted.logprobs or 0)
-
-    @property
-    def _done(self) -> bool:
-        return self.job.done or not self.wanted.max_tokens
-
-    async def whole(self) -> dict[str, Any]:
-        """Everything as one object."""
-        try:
-            await self.begin()
-            while not self._done:
-                await self.job.wait()
-        finally:
-            self.worker.drop(self.job)
-        finished = [list(self._echo(p)) for p in range(len(self.prompts))]
-        pieces: list[dict[str, Any]] = []
-        for p, outputs in enumerate(self.job.outputs):
-            for i, (choice, output) in enumerate(zip(self.choices[p], outputs)):
-                piece = choice.take(output)
-                assert piece is not None  # it ends
-                pieces.append(api.joined(finished[p][i], piece) if finished[p] else piece)
-        self._measure(first=False)
-        return {**self.head, "choices": pieces, "usage": self._usage()}
-
-    async def events(self, seconds: float) -> AsyncGenerator[str, None]:
-        """Everything as server-sent events, after `begin`."""
-        try:
-            for p in range(len(self.prompts)):
-                for piece in self._echo(p):
-                    yield self._event([piece])
-            first = True
-            while True:
-                done = self._done  # asked before the outputs are looked at: what comes in between is not missed
-                for p, outputs in enumerate(self.job.outputs):
-                    for choice, output in zip(self.choices[p], outputs):
-                        if (new := choice.take(output)) is not None:
-                            yield self._event([new])
-                if first and any(c.tokens for choices in self.choices for c in choices):
-                    first = False
-                    self._measure(first=True)
-                if done:
-                    break
-                try:
-                    await asyncio.wait_for(self.job.wait(), max(0.0, self.started + seconds - time.monotonic()))
-                except asyncio.TimeoutError:
-                    raise self.server._late() from None
-            if self.wanted.include_usage:
-                yield self._event([], usage=self._usage())
-            self._measure(first=False)
-            yield "data: [DONE]\n\n"
-        except (ApiError, EngineError) as e:  # too late for a status
-            body = e.body if isinstance(e, ApiError) else ApiError(503, str(e)).body
-            yield f"data: {_dump(body)}\n\n"
-        finally:
-            self.worker.drop(self.job)
-
-    def _echo(self, p: int) -> Iterator[dict[str, Any]]:
-        if self.wanted.echo:
-            given = self.wanted.prompts[p]
-            text = given if isinstance(given, str) else self.server.tokenizer.decode(given)
-            for choice in self.choices[p]:
-                yield choice.echo(text, self.scores[p])
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        return f"data: {_dump({**self.head, 'choices': choices, **more})}\n\n"
-
-    def _usage(self) -> dict[str, int]:
-        written = sum(choice.tokens for choices in self.choices for choice in choices)
-        return api.usage(sum(map(len, self.prompts)), written)
-
-    def _measure(self, *, first: bool) -> None:
-        seconds = time.monotonic() - self.started
-        (self.server.metrics.first_token if first else self.server.metrics.request).observe(seconds)
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class _Bearer:
-    """Asks for a key wherever the model is at work; the page itself and /health are for everyone."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app = app
-        self.key = key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in (*PAGE, "/health"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self.key):
-                error = ApiError(401, "a bearer key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-                await Json(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-class _Gate:
-    """Around everything: counts answers, and reads what is left of a body before an answer to it begins.
-
-    A server that answers and closes with unread data in its socket makes the system reset the connection, and the
-    client may never see why it was refused.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        complete, status = False, 499
-
-        async def receiving() -> Message:
-            nonlocal complete
-            message = await receive()
-            complete = complete or not message.get("more_body", False)
-            return message
-
-        async def drain() -> None:
-            size = 0
-            while not complete and size < DRAIN_BYTES:
-                size += len((await receiving()).get("body", b""))
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if status != 408:  # that one waited long enough
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(drain(), DRAIN_SECONDS)
-            await send(message)
-
-        try:
-            await self.app(scope, receiving, sending)
-        except Exception:  # answered already
-            traceback.print_exc(file=sys.stderr)
-        finally:
-            self.metrics.answered(scope["path"], status)

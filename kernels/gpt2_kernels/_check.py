@@ -93,6 +93,14 @@ def index(op: str, name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) 
         fail(op, f"{name} must be on the device of the other tensors ({like.device})", tensor.device)
 
 
+def targets(op: str, tensor: Tensor, V: int, ignore_index: int) -> None:
+    """Indices of V classes, where looking at them waits for no device; on a GPU the kernel asserts, in debug mode."""
+    if tensor.device.type == "cpu":
+        wrong = tensor[(tensor != ignore_index) & ((tensor < 0) | (tensor >= V))]
+        if wrong.numel():
+            fail(op, f"targets must lie in 0..{V - 1} or be ignore_index ({ignore_index})", int(wrong[0]))
+
+
 def attention_options(op: str, head_dim: int, scale: float | None, window: int | None) -> tuple[float, int]:
     """The scale to use (1/sqrt(D) unless given) and the window (0 stands for none)."""
     if window is not None and not (isinstance(window, (int, torch.SymInt)) and window >= 1):

@@ -26,14 +26,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2_kernels import _check, _native, _runtime
+from gpt2_kernels import _check, _crossentropy_cpu
+from gpt2_kernels._crossentropy_cpu import chunk_rows, outputs
 from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
 
 MAX_VOCABULARY = 2**30  # columns are counted in int32
-ALIVE = 16  # linear_cross_entropy holds 1 / ALIVE of the logits, or FEWEST_ROWS of them where those are more
-FEWEST_ROWS = 512  # products of fewer rows read the weight, and add to its gradient, for too little work
 ROW_MULTIPLE = 64  # logits of a chunk start on 128 bytes: the products ask for 16, and write whole cache lines
-TILE_ROWS = 128  # chunks hold a multiple of a GEMM's row tile where that costs no further chunk
 
 # vocabulary up to -> (BLOCK, warps). Compiled without spills for sm_80, sm_90 and sm_100; not yet timed on a GPU.
 BLOCKS = ((1024, (1024, 4)), (MAX_VOCABULARY, (4096, 8)))
@@ -239,18 +237,10 @@ def _mean(losses: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, T
     return mean, scale
 
 
-def _check_targets(op: str, targets: Tensor, V: int, ignore_index: int) -> None:
-    """Where looking at them waits for no device; on a GPU the kernel asserts, in Triton's debug mode."""
-    if targets.device.type == "cpu":
-        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= V))]
-        if wrong.numel():
-            _check.fail(op, f"targets must lie in 0..{V - 1} or be ignore_index ({ignore_index})", int(wrong[0]))
-
-
 def _cross_entropy_triton(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, targets = _check.as_rows(logits), targets.reshape(-1).contiguous()
     R, V = rows.shape
-    _check_targets("cross_entropy", targets, V, ignore_index)
+    _check.targets("cross_entropy", targets, V, ignore_index)
     losses, maxima, totals = (rows.new_empty(R, dtype=statistics_dtype(rows.dtype)) for _ in range(3))
     if R:
         launch(
@@ -297,14 +287,6 @@ def _cross_entropy_backward_triton(
     return dlogits
 
 
-def _chunk_rows(R: int, row_bytes: int, alive_row_bytes: int) -> int:
-    """Rows of a chunk: R * row_bytes / ALIVE bytes hold it, where each of its rows takes alive_row_bytes, or few do."""
-    most = max(FEWEST_ROWS, R * row_bytes // (ALIVE * alive_row_bytes))
-    chunks = max(1, -(-R // most))
-    even = max(1, -(-R // chunks))  # as many rows in each
-    return min(most, -(-even // TILE_ROWS) * TILE_ROWS)
-
-
 def _add_product_(out: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
     """out = beta out + a b, where out is float32 whatever a and b are.
 
@@ -326,12 +308,12 @@ def _linear_cross_entropy_triton(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     V, C = weight.shape
-    _check_targets("linear_cross_entropy", targets, V, ignore_index)
+    _check.targets("linear_cross_entropy", targets, V, ignore_index)
     rows, weight, targets = x.reshape(-1, C).contiguous(), weight.contiguous(), targets.reshape(-1).contiguous()
     R = rows.shape[0]
     padded = -(-V // ROW_MULTIPLE) * ROW_MULTIPLE
-    chunk = _chunk_rows(R, V, padded)
-    losses, dx, dweight = _outputs(rows, weight, need_dx, need_dweight)
+    chunk = chunk_rows(R, V, padded)
+    losses, dx, dweight = outputs(rows, weight, need_dx, need_dweight)
     buffer = rows.new_empty(min(chunk, R), padded)
     for start in range(0, R, chunk):
         part = slice(start, start + chunk)
@@ -358,122 +340,6 @@ def _linear_cross_entropy_triton(
     return *_mean(losses, targets, ignore_index), dx, dweight
 
 
-def _outputs(rows: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (R,), room for d x (R, C) and zeros for d weight (V, C); a gradient that nobody needs has no rows.
-
-    The gradients are those of the sum, and float32: neither 1 / rows nor a loss scale that has not come yet may push
-    float16 out of its range, and there is one rounding, in backward.
-    """
-    losses = rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows.dtype))
-    dx = losses.new_empty(rows.shape[0] if need_dx else 0, rows.shape[1])
-    return losses, dx, losses.new_zeros(weight.shape[0] if need_dweight else 0, rows.shape[1])
-
-
-# --- on a CPU -------------------------------------------------------------------------------------------------------
-
-CHUNK_CPU = 1 << 20  # logits that cross_entropy takes at a time: float32 copies stay in the cache
-
-
-def _rows_cpu_(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, maxima and sums of a chunk (n, V) in float32, which holds exp(logits - maximum) in the end."""
-    keep = targets != ignore_index
-    chosen = logits.gather(1, targets.where(keep, 0)[:, None]).squeeze(1)
-    maxima = logits.amax(1)
-    totals = logits.sub_(maxima[:, None]).exp_().sum(1)
-    losses = (totals.log() + (maxima - chosen)).where(keep, 0.0)
-    return losses, maxima, totals
-
-
-def _gradient_cpu_(weights: Tensor, targets: Tensor, totals: Tensor, ignore_index: int) -> Tensor:
-    """exp(logits - maximum), (n, V) in float32, turned in place into the gradient of the sum of the losses."""
-    keep = targets != ignore_index
-    weights.div_(totals[:, None])
-    weights[torch.arange(weights.shape[0]), targets.where(keep, 0)] -= 1.0
-    return weights.masked_fill_(~keep[:, None], 0.0)
-
-
-def _mean_cpu(losses: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    count = (targets != ignore_index).sum().to(losses.dtype)
-    return losses.sum() / count, (1.0 / count).where(count > 0, 0.0)
-
-
-def _cross_entropy_cpu(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    V = logits.shape[-1]
-    _check_targets("cross_entropy", targets, V, ignore_index)
-    rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1).contiguous()
-    if _runtime.native(rows):
-        losses, maxima, totals = _native.ops().cross_entropy(_check.unit_last_stride(rows), targets, ignore_index)
-        return *_mean_cpu(losses, targets, ignore_index), maxima, totals
-    losses, maxima, totals = (rows.new_empty(rows.shape[0], dtype=statistics_dtype(logits.dtype)) for _ in range(3))
-    step = max(1, CHUNK_CPU // V)
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
-        copy = rows[part].to(statistics_dtype(logits.dtype), copy=True)
-        losses[part], maxima[part], totals[part] = _rows_cpu_(copy, targets[part], ignore_index)
-    return *_mean_cpu(losses, targets, ignore_index), maxima, totals
-
-
-def _cross_entropy_backward_cpu(
-    grad: Tensor, logits: Tensor, targets: Tensor, maxima: Tensor, totals: Tensor, scale: Tensor, ignore_index: int
-) -> Tensor:
-    V = logits.shape[-1]
-    rows, targets = logits.reshape(targets.numel(), V), targets.reshape(-1).contiguous()
-    dlogits = rows.new_empty(rows.shape)
-    if _runtime.native(rows):
-        rows, factor = _check.unit_last_stride(rows), float(grad * scale)
-        _native.ops().cross_entropy_backward_(rows, targets, maxima, totals, factor, ignore_index, dlogits)
-        return dlogits.view(logits.shape)
-    step = max(1, CHUNK_CPU // V)
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
-        weights = (rows[part].to(statistics_dtype(logits.dtype)) - maxima[part, None]).exp_()
-        dlogits[part] = _gradient_cpu_(weights, targets[part], totals[part], ignore_index).mul_(grad * scale)
-    return dlogits.view(logits.shape)
-
-
-def _linear_cross_entropy_cpu(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    V, C = weight.shape
-    _check_targets("linear_cross_entropy", targets, V, ignore_index)
-    rows, targets = x.reshape(targets.numel(), C), targets.reshape(-1).contiguous()
-    R, dtype = rows.shape[0], rows.dtype
-    if not _runtime.multiplies(rows):
-        dtype = statistics_dtype(dtype)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-    losses, dx, dweight = _outputs(rows, weight, need_dx, need_dweight)
-    chunk = _chunk_rows(R, x.element_size(), dtype.itemsize)
-    buffer = rows.new_empty(min(chunk, R), V)
-    for start in range(0, R, chunk):
-        part = slice(start, start + chunk)
-        logits = torch.mm(rows[part], weight.T, out=buffer[: rows[part].shape[0]])
-        losses[part] = _gradient_cpu_of_chunk_(logits, targets[part], ignore_index, need_dx or need_dweight)
-        if need_dx:
-            dx[part] = torch.mm(logits, weight)
-        if need_dweight and dtype == dweight.dtype:
-            dweight.addmm_(logits.T, rows[part])
-        elif need_dweight:
-            dweight += torch.mm(logits.T, rows[part])
-    return *_mean_cpu(losses, targets, ignore_index), dx, dweight
-
-
-def _gradient_cpu_of_chunk_(logits: Tensor, targets: Tensor, ignore_index: int, wanted: bool) -> Tensor:
-    """The losses of a chunk, which becomes the gradient of their sum where that is wanted."""
-    if not _runtime.native(logits):
-        wide = logits if logits.dtype == statistics_dtype(logits.dtype) else logits.to(statistics_dtype(logits.dtype))
-        losses, _, totals = _rows_cpu_(wide, targets, ignore_index)
-        if wanted:
-            logits.copy_(_gradient_cpu_(wide, targets, totals, ignore_index))
-        return losses
-    losses, maxima, totals = _native.ops().cross_entropy(logits, targets, ignore_index)
-    if wanted:
-        _native.ops().cross_entropy_backward_(logits, targets, maxima, totals, 1.0, ignore_index, logits)
-    return losses
-
-
-# --- operators ------------------------------------------------------------------------------------------------------
-
-
 def _fake(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     one, row = (logits.new_empty(shape, dtype=statistics_dtype(logits.dtype)) for shape in ((), (targets.numel(),)))
     return one, torch.empty_like(one), row, torch.empty_like(row)
@@ -496,7 +362,7 @@ def _fake_linear(
 register(
     "cross_entropy(Tensor logits, Tensor targets, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)",
     triton_impl=_cross_entropy_triton,
-    cpu_impl=_cross_entropy_cpu,
+    cpu_impl=_crossentropy_cpu.cross_entropy,
     fake=_fake,
     cpu="native",
 )
@@ -504,7 +370,7 @@ register(
     "cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, Tensor maxima, Tensor totals, Tensor scale,"
     " int ignore_index) -> Tensor",
     triton_impl=_cross_entropy_backward_triton,
-    cpu_impl=_cross_entropy_backward_cpu,
+    cpu_impl=_crossentropy_cpu.cross_entropy_backward,
     fake=_fake_backward,
     cpu="native",
 )
@@ -512,7 +378,7 @@ register(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_dx, bool need_dweight)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     triton_impl=_linear_cross_entropy_triton,
-    cpu_impl=_linear_cross_entropy_cpu,
+    cpu_impl=_crossentropy_cpu.linear_cross_entropy,
     fake=_fake_linear,
     cpu="native",
 )
