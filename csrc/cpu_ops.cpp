@@ -284,7 +284,7 @@ void advance_(const Tensor& drawn, const Tensor& tokens, const Tensor& positions
 
 template <class T>
 void gelu_all(T* x, int64_t count, bool tanh) {
-  const auto gelu_range = choose_gelu_function<T>();
+  const auto gelu_range = GPT2K_CHOOSE(gelu_tanh_range<T>);
   torch::stable::parallel_for(0, count, 16 << 10, [&](int64_t begin, int64_t end) {
     if (tanh) {
       gelu_range(x + begin, end - begin);
@@ -318,7 +318,7 @@ const T* data_or_null(const MaybeTensor& x) {
 template <class T>
 void normalize_rows(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, float eps, Tensor& y,
                     Tensor& statistics) {
-  const auto normalize = choose_normalize_function<T>();
+  const auto normalize = GPT2K_CHOOSE(normalize_row<T>);
   const int64_t R = x.size(0), C = x.size(1), stride = x.stride(0);
   const T *source = static_cast<const T*>(x.const_data_ptr()), *scale = static_cast<const T*>(weight.const_data_ptr());
   const T* shift = data_or_null<T>(bias);
@@ -359,7 +359,7 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
 template <class T>
 void softmax_all(const T* logits, int64_t stride, int64_t V, const int64_t* targets, int64_t R, int64_t ignored,
                  float* losses, float* maxima, float* totals) {
-  const auto softmax = choose_softmax_function<T>();
+  const auto softmax = GPT2K_CHOOSE(softmax_row<T>);
   torch::stable::parallel_for(0, R, 1 + (16 << 10) / V, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       losses[r] = maxima[r] = 0.0f;
@@ -374,7 +374,7 @@ void softmax_all(const T* logits, int64_t stride, int64_t V, const int64_t* targ
 template <class T>
 void softmax_gradient_all(const T* logits, int64_t stride, int64_t V, const int64_t* targets, int64_t R, int64_t ignored,
                           const float* maxima, const float* totals, float factor, T* gradients, int64_t out_stride) {
-  const auto gradient = choose_softmax_gradient_function<T>();
+  const auto gradient = GPT2K_CHOOSE(softmax_gradient_row<T>);
   torch::stable::parallel_for(0, R, 1 + (16 << 10) / V, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       T* out = gradients + r * out_stride;
