@@ -22,8 +22,8 @@ backward: bound by memory everywhere.
     R = 65536             201 MB        403 MB            302 + 13.0 MB     403 + 13.0 MB
 
 The partial sums fit into L2. Same bits twice, and no atomics: a row's y and dx depend on that row alone; which rows a
-program adds, in which order, and the order of the partial sums depend on R and C, not on the GPU. A CPU adds at most 128
-parts of at least 16 rows each (csrc/cpu_layernorm.h), which R alone decides: its threads do not change a bit either.
+program adds, in which order, and the order of the partial sums depend on R and C, not on the GPU; on a CPU they depend
+on R, not on the number of threads (csrc/cpu_layernorm.h).
 Specification: gpt2_kernels.reference.layer_norm, add_layer_norm, layer_norm_backward.
 """
 
