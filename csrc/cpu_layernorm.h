@@ -57,6 +57,7 @@ struct NormGradients {  // (R, C) each; results, and dtotal, are null where they
 // last: the same bits on any number of threads.
 constexpr int64_t kPartRows = 16;  // in a part at least, or the sums of parts would be as large as the rows
 constexpr int64_t kMostParts = 128;
+constexpr int64_t kSumColumns = 256;  // of all parts that a thread adds at a time
 
 template <class T>
 void normalize_rows_backward(const NormGradients<T>& a, const Tensor& like) {
@@ -77,14 +78,15 @@ void normalize_rows_backward(const NormGradients<T>& a, const Tensor& like) {
       }
     }
   });
-  const auto add_parts = [&](const float* from, T* to) {
-    if (to == nullptr) return;
-    torch::stable::parallel_for(0, a.C, 1 + kNormGrain / (1 + parts), [&](int64_t begin, int64_t end) {
-      add(from + begin, parts, width, end - begin, to + begin);
-    });
-  };
-  add_parts(sums, a.dweight);
-  add_parts(sums + shift_at, a.dbias);
+  // In one go, and by one thread where they are few: to wake the others costs more.
+  T* const results[] = {a.dweight == nullptr ? a.dbias : a.dweight, a.dbias};
+  const int64_t blocks = (a.C + kSumColumns - 1) / kSumColumns, work = kSumColumns * (1 + parts);
+  torch::stable::parallel_for(0, width / apart * blocks, 1 + 16 * kNormGrain / work, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t which = i / blocks, c = i % blocks * kSumColumns;
+      add(sums + which * apart + c, parts, width, std::min(kSumColumns, a.C - c), results[which] + c);
+    }
+  });
 }
 
 }  // namespace
