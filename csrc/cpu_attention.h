@@ -178,70 +178,15 @@ int simd_level_in_use() {
   return detected < limit ? detected : limit;
 }
 
-template <class T>
-using TileFunction = void (*)(const AttentionShape&, const Pointers<T>&, const Tile&, const Tile*, const TileState&);
-
-template <class T>
-TileFunction<T> choose_tile_function() {
+// The function of that name for the instruction set in use.
 #if defined(__x86_64__)
-  if (simd_level_in_use() >= 2) return avx512::attend_tile<T>;
-  if (simd_level_in_use() == 1) return avx2::attend_tile<T>;
+#define GPT2K_CHOOSE(...)                            \
+  (simd_level_in_use() >= 2   ? &avx512::__VA_ARGS__ \
+   : simd_level_in_use() == 1 ? &avx2::__VA_ARGS__   \
+                              : &portable::__VA_ARGS__)
+#else
+#define GPT2K_CHOOSE(...) (&portable::__VA_ARGS__)
 #endif
-  return portable::attend_tile<T>;
-}
-
-template <class T>
-auto choose_gelu_function() -> void (*)(T*, int64_t) {
-#if defined(__x86_64__)
-  if (simd_level_in_use() >= 2) return avx512::gelu_tanh_range<T>;
-  if (simd_level_in_use() == 1) return avx2::gelu_tanh_range<T>;
-#endif
-  return portable::gelu_tanh_range<T>;
-}
-
-template <class T>
-auto choose_normalize_function() -> void (*)(const T*, const T*, const T*, int64_t, float, T*, float*, float*) {
-#if defined(__x86_64__)
-  if (simd_level_in_use() >= 2) return avx512::normalize_row<T>;
-  if (simd_level_in_use() == 1) return avx2::normalize_row<T>;
-#endif
-  return portable::normalize_row<T>;
-}
-
-template <class T>
-auto choose_softmax_function() -> void (*)(const T*, int64_t, float*, float*) {
-#if defined(__x86_64__)
-  if (simd_level_in_use() >= 2) return avx512::softmax_row<T>;
-  if (simd_level_in_use() == 1) return avx2::softmax_row<T>;
-#endif
-  return portable::softmax_row<T>;
-}
-
-template <class T>
-auto choose_softmax_gradient_function() -> void (*)(const T*, int64_t, int64_t, float, float, float, T*) {
-#if defined(__x86_64__)
-  if (simd_level_in_use() >= 2) return avx512::softmax_gradient_row<T>;
-  if (simd_level_in_use() == 1) return avx2::softmax_gradient_row<T>;
-#endif
-  return portable::softmax_gradient_row<T>;
-}
-
-template <class T>
-auto choose_widen_function() -> float (*)(const T*, int64_t, float*, bool*) {
-#if defined(__x86_64__)
-  if (simd_level_in_use() >= 2) return avx512::widen_logits<T>;
-  if (simd_level_in_use() == 1) return avx2::widen_logits<T>;
-#endif
-  return portable::widen_logits<T>;
-}
-
-auto choose_exponential_function() -> float (*)(const float*, int64_t, float, float, float*) {
-#if defined(__x86_64__)
-  if (simd_level_in_use() >= 2) return avx512::exponential_row;
-  if (simd_level_in_use() == 1) return avx2::exponential_row;
-#endif
-  return portable::exponential_row;
-}
 
 struct Sequences {  // int32 vectors of any stride
   const int32_t *lengths, *starts, *table;
@@ -325,7 +270,7 @@ struct Scratch {
 template <class T>
 void run_tiles(const AttentionShape& shape, const Pointers<T>& data, const std::vector<Tile>& tiles) {
   if (tiles.empty()) return;
-  const TileFunction<T> attend = choose_tile_function<T>();
+  const auto attend = GPT2K_CHOOSE(attend_tile<T>);
   int64_t work = 0, most_rows = 0;  // work in multiply-adds
   for (const Tile& tile : tiles) {
     const int64_t rows = int64_t(tile.queries) * shape.group;

@@ -159,18 +159,29 @@ GPT2K_INLINE Lanes keep_first(Lanes v, int count) {  // the lanes from `count` o
 
 constexpr int kSums = 4;  // registers that add up a row in turns: one alone would wait for each addition
 
+// Calls visit(c, count, i) for each register of a row of C values: its first column, how many of its lanes count, and a
+// number below kSums, another for each of those that follow each other.
+template <class Visit>
+GPT2K_INLINE void visit_row(int64_t C, Visit visit) {
+  int64_t c = 0;
+  for (; c + kSums * kLanes <= C; c += kSums * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) visit(c + i * kLanes, kLanes, i);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kSums; ++i, c += kLanes) {
+    if (c < C) visit(c, C - c < kLanes ? int(C - c) : kLanes, i);
+  }
+}
+
+GPT2K_INLINE float total_of(const Lanes (&sums)[kSums]) {
+  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // The sum over a row of term(register, how many of its lanes count), which is 0 in lanes that do not.
 template <class T, class Term>
 GPT2K_INLINE float sum_row(const T* x, int64_t C, Term term) {
   Lanes sums[kSums] = {};
-  int64_t c = 0;
-  for (; c + kSums * kLanes <= C; c += kSums * kLanes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) sums[i] = term(sums[i], load(x + c + i * kLanes), kLanes);
-  }
-  for (int i = 0; c < C; c += kLanes, ++i) {
-    const int count = C - c < kLanes ? int(C - c) : kLanes;
-    sums[i] = term(sums[i], load_some(x + c, count), count);
-  }
-  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  visit_row(C, [&](int64_t c, int count, int i) { sums[i] = term(sums[i], load_some(x + c, count), count); });
+  return total_of(sums);
 }

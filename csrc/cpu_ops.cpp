@@ -1,7 +1,8 @@
 // The CPU operators of gpt2_kernels: paged attention over a block cache, the write of new keys and values into it,
-// products with a fused epilogue, in int8 too, layer norm, GELU, a whole layer of these; cross-entropy; sampling, and
-// the step from one token to the next. Checks and registration; cpu_attention.h, cpu_linear.h and cpu_sample.h split
-// the work, the _tile.h files hold the arithmetic over the registers of cpu_lanes.h.
+// products with a fused epilogue, in int8 too, layer norm and its gradients, GELU, a whole layer of these;
+// cross-entropy; sampling, and the step from one token to the next. Checks and registration; cpu_attention.h,
+// cpu_layernorm.h, cpu_linear.h and cpu_sample.h split the work, the _tile.h files hold the arithmetic over the
+// registers of cpu_lanes.h.
 //
 // Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.13;
 // compiled at first use by gpt2_kernels/_native.py, which says why.
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "cpu_attention.h"
+#include "cpu_layernorm.h"
 #include "cpu_linear.h"
 #include "cpu_sample.h"
 
@@ -285,7 +287,7 @@ void advance_(const Tensor& drawn, const Tensor& tokens, const Tensor& positions
 
 template <class T>
 void gelu_all(T* x, int64_t count, bool tanh) {
-  const auto gelu_range = choose_gelu_function<T>();
+  const auto gelu_range = GPT2K_CHOOSE(gelu_tanh_range<T>);
   torch::stable::parallel_for(0, count, 16 << 10, [&](int64_t begin, int64_t end) {
     if (tanh) {
       gelu_range(x + begin, end - begin);
@@ -316,51 +318,106 @@ const T* data_or_null(const MaybeTensor& x) {
   return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
-template <class T>
-void normalize_rows(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, float eps, Tensor& y,
-                    Tensor& statistics) {
-  const auto normalize = choose_normalize_function<T>();
-  const int64_t R = x.size(0), C = x.size(1), stride = x.stride(0);
-  const T *source = static_cast<const T*>(x.const_data_ptr()), *scale = static_cast<const T*>(weight.const_data_ptr());
-  const T* shift = data_or_null<T>(bias);
-  T* target = static_cast<T*>(y.mutable_data_ptr());
-  float* kept = static_cast<float*>(statistics.mutable_data_ptr());
-  torch::stable::parallel_for(0, R, 1 + (16 << 10) / C, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      normalize(source + row * stride, scale, shift, C, eps, target + row * C, kept + row, kept + R + row);
-    }
-  });
+// Rows of C values: (R, C) with a dense last axis, or any shape (..., C) that is contiguous.
+void check_rows(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, ": ", name, " must be (..., C) with C >= 1");
+  if (x.is_contiguous()) return;
+  check_dims(op, name, x, 2, "(R, C), or contiguous");
+  check_unit_stride(op, name, x);
 }
 
-// x (R, C), weight and bias (C,) -> the layer norm of each row (R, C), and its mean and 1 / deviation (2, R) float32.
-std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps) {
-  const char* op = "layer_norm";
+void check_rows_like(const char* op, const char* name, const Tensor& x, const char* like_name, const Tensor& like) {
+  check_rows(op, name, x);
+  check_same_dtype(op, name, x, like_name, like);
+  const int64_t columns = like.size(like.dim() - 1), values = like.numel();
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == columns, op, ": ", name, "'s columns must be ", columns, ", got ",
+                  x.size(x.dim() - 1));
+  STD_TORCH_CHECK(x.numel() == values, op, ": ", name, "'s values must be ", values, ", got ", x.numel());
+}
+
+template <class T>
+Rows<const T> rows_of(const MaybeTensor& x) {
+  if (!x) return {nullptr, 0};
+  return {static_cast<const T*>(x->const_data_ptr()), x->is_contiguous() ? x->size(x->dim() - 1) : x->stride(0)};
+}
+
+template <class T>
+T* result_of(MaybeTensor& x) {
+  return x ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
+}
+
+// x (..., C), residual (..., C) or none, weight and bias (C,) -> the layer norm of each row of x + residual, this sum
+// (none without a residual), both (..., C), and the row's mean and 1 / deviation (2, R) float32.
+std::tuple<Tensor, MaybeTensor, Tensor> normalize(const char* op, const Tensor& x, const MaybeTensor& residual,
+                                                  const Tensor& weight, const MaybeTensor& bias, double eps) {
   check_float(op, "x", x);
-  check_dims(op, "x", x, 2, "(R, C)");
-  check_same_dtype(op, "weight", weight, "x", x);
-  check_size(op, "the length of weight", weight.numel(), x.size(1));
-  check_unit_stride(op, "x", x);
-  STD_TORCH_CHECK(x.size(1) >= 1, op, ": C must be >= 1");
-  STD_TORCH_CHECK(weight.is_contiguous(), op, ": weight must be contiguous");
-  if (bias) {
-    check_same_dtype(op, "bias", *bias, "x", x);
-    check_size(op, "the length of bias", bias->numel(), x.size(1));
-    STD_TORCH_CHECK(bias->is_contiguous(), op, ": bias must be contiguous");
-  }
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  Tensor statistics = torch::stable::new_empty(x, {2, x.size(0)}, ScalarType::Float);
-  if (x.scalar_type() == ScalarType::Float) {
-    normalize_rows<float>(x, weight, bias, float(eps), y, statistics);
-  } else {
-    normalize_rows<BFloat16Bits>(x, weight, bias, float(eps), y, statistics);
-  }
+  check_rows(op, "x", x);
+  if (residual) check_rows_like(op, "residual", *residual, "x", x);
+  const int64_t C = x.size(x.dim() - 1), R = x.numel() / C;
+  check_vector(op, "weight", weight, x.scalar_type(), C);
+  if (bias) check_vector(op, "bias", *bias, x.scalar_type(), C);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  MaybeTensor total;
+  if (residual) total = torch::stable::new_empty(x, x.sizes());
+  Tensor statistics = torch::stable::new_empty(x, {2, R}, ScalarType::Float);
+  float* kept = static_cast<float*>(statistics.mutable_data_ptr());
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    normalize_rows<T>({rows_of<T>(x), rows_of<T>(residual), data_or_null<T>(weight), data_or_null<T>(bias),
+                       {result_of<T>(total), C}, {static_cast<T*>(y.mutable_data_ptr()), C}, kept, R, C},
+                      float(eps));
+  };
+  x.scalar_type() == ScalarType::Float ? run(float()) : run(BFloat16Bits());
+  return {y, total, statistics};
+}
+
+std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps) {
+  const auto [y, total, statistics] = normalize("layer_norm", x, std::nullopt, weight, bias, eps);
   return {y, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                  const MaybeTensor& bias, double eps) {
+  const auto [y, total, statistics] = normalize("add_layer_norm", x, residual, weight, bias, eps);
+  return {y, *total, statistics};
+}
+
+// dy, dtotal or none, x (..., C), weight (C,), the statistics of x's rows (2, R) -> dx, with dtotal added, (..., C),
+// dweight and dbias (C,), each where it is wanted.
+std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> layer_norm_backward(const Tensor& dy, const MaybeTensor& dtotal,
+                                                                      const Tensor& x, const Tensor& weight,
+                                                                      const Tensor& statistics, bool want_dx,
+                                                                      bool want_dweight, bool want_dbias) {
+  const char* op = "layer_norm_backward";
+  check_float(op, "x", x);
+  check_rows(op, "x", x);
+  check_rows_like(op, "dy", dy, "x", x);
+  if (dtotal) check_rows_like(op, "dtotal", *dtotal, "x", x);
+  const int64_t C = x.size(x.dim() - 1), R = x.numel() / C;
+  check_vector(op, "weight", weight, x.scalar_type(), C);
+  check_dims(op, "statistics", statistics, 2, "(2, R)");
+  check_size(op, "the rows of statistics", statistics.size(0), 2);
+  check_size(op, "the columns of statistics", statistics.size(1), R);
+  STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.is_contiguous(), op,
+                  ": statistics must be dense float32, got ", name_of(statistics.scalar_type()));
+  MaybeTensor dx, dweight, dbias;
+  if (want_dx) dx = torch::stable::new_empty(x, x.sizes());
+  if (want_dweight) dweight = torch::stable::new_empty(x, {C});
+  if (want_dbias) dbias = torch::stable::new_empty(x, {C});
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    normalize_rows_backward<T>({rows_of<T>(dy), rows_of<T>(dtotal), rows_of<T>(x), data_or_null<T>(weight),
+                                static_cast<const float*>(statistics.const_data_ptr()), {result_of<T>(dx), C},
+                                result_of<T>(dweight), result_of<T>(dbias), R, C}, x);
+  };
+  x.scalar_type() == ScalarType::Float ? run(float()) : run(BFloat16Bits());
+  return {dx, dweight, dbias};
 }
 
 template <class T>
 void softmax_all(const T* logits, int64_t stride, int64_t V, const int64_t* targets, int64_t R, int64_t ignored,
                  float* losses, float* maxima, float* totals) {
-  const auto softmax = choose_softmax_function<T>();
+  const auto softmax = GPT2K_CHOOSE(softmax_row<T>);
   torch::stable::parallel_for(0, R, 1 + (16 << 10) / V, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       losses[r] = maxima[r] = 0.0f;
@@ -376,7 +433,7 @@ template <class T>
 void softmax_gradient_all(const T* logits, int64_t stride, int64_t V, const int64_t* targets, int64_t R,
                           int64_t ignored, const float* maxima, const float* totals, float factor, T* gradients,
                           int64_t out_stride) {
-  const auto gradient = choose_softmax_gradient_function<T>();
+  const auto gradient = GPT2K_CHOOSE(softmax_gradient_row<T>);
   torch::stable::parallel_for(0, R, 1 + (16 << 10) / V, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       T* out = gradients + r * out_stride;
@@ -700,6 +757,11 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
       "Tensor limits, Tensor ends, Tensor block_table, Tensor(e!) record, Tensor(f!) count, int block_size) -> ()");
   m.def("gelu_(Tensor(a!) x, bool tanh) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor statistics, bool want_dx, "
+      "bool want_dweight, bool want_dbias) -> (Tensor?, Tensor?, Tensor?)");
   m.def("cross_entropy(Tensor logits, Tensor targets, int ignore_index) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cross_entropy_backward_(Tensor logits, Tensor targets, Tensor maxima, Tensor totals, float factor, "
@@ -726,6 +788,8 @@ STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
   m.impl("advance_", TORCH_BOX(&advance_));
   m.impl("gelu_", TORCH_BOX(&gelu_));
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_));
   m.impl("sample", TORCH_BOX(&sample));

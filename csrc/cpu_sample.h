@@ -67,7 +67,7 @@ int64_t draw(const float* scores, int64_t V, float largest, const SampleParams& 
     kept.push_back(scores[i]);
   }
   weights.resize(kept.size());
-  choose_exponential_function()(kept.data(), int64_t(kept.size()), largest, params.temperature, weights.data());
+  GPT2K_CHOOSE(exponential_row)(kept.data(), int64_t(kept.size()), largest, params.temperature, weights.data());
   float smallest = -kInfinity;
   if (params.top_p < 1) {  // the fewest tokens whose probabilities reach it, and ties
     std::vector<size_t> order(kept.size());
@@ -117,10 +117,10 @@ template <class T>
 void sample_row(const T* logits, int64_t V, const SampleParams& params, int64_t top_count, std::vector<float>& scores,
                 SampleResult& to) {
   bool has_nan = false;
-  float largest = choose_widen_function<T>()(logits, V, scores.data(), &has_nan);
+  float largest = GPT2K_CHOOSE(widen_logits<T>)(logits, V, scores.data(), &has_nan);
   float log_total = has_nan ? NAN : largest;
   if (!has_nan && std::fabs(largest) < kInfinity) {
-    log_total += std::log(choose_exponential_function()(scores.data(), V, largest, 1.0f, nullptr));
+    log_total += std::log(GPT2K_CHOOSE(exponential_row)(scores.data(), V, largest, 1.0f, nullptr));
   }
   if (top_count > 0) find_top(scores.data(), V, top_count, log_total, to);
   std::vector<float> adjusted;

@@ -66,6 +66,19 @@ def test_cases_of_every_size_can_be_listed(sizes: str) -> None:
         assert names and len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("sizes", ["gpu", "cpu"])
+def test_a_case_stays_what_it_was_while_others_are_listed(sizes: str) -> None:
+    """pytest lists all cases before it makes the inputs of one: a size in a closure must not be another's by then."""
+    run = Run(torch.device("cpu"), sizes, {})
+    for module in MODULES:
+        then = []
+        for case in importlib.import_module(f"benchmarks.{module}").cases(run):
+            then.append((case, [cell.cell_contents for cell in case.make.__closure__ or ()]))
+        for case, contents in then:
+            now = [cell.cell_contents for cell in case.make.__closure__ or ()]
+            assert all(a is b for a, b in zip(contents, now, strict=True)), f"{module}: {case.name}"
+
+
 def test_every_gate_finds_its_rows() -> None:
     """A goal whose row was renamed would be missing for ever. fp8 has none until the operator takes scales."""
     run = Run(torch.device("cpu"), "gpu", {})

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from gpt2_kernels import _runtime, layernorm
+from gpt2_kernels import _native, _runtime, layernorm
 
 WIDTHS = [
     1,  # variance 0: y is the bias
@@ -277,6 +277,19 @@ def test_gradients_have_the_same_bits_twice_and_alone(path: torch.device) -> Non
         dtotal[:1],
     )
     assert torch.equal(together[0][:1], alone[0])
+
+
+@pytest.mark.skipif(not _native.load(), reason=_native.status())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_cpu_pytorch_computes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its way is right too, and slower: only this tells that it is not taken."""
+    monkeypatch.delattr(layernorm, "reference")
+    x, weight, bias = inputs(torch.device("cpu"), dtype, 5, 48)
+    leaves = [t.requires_grad_() for t in (x, torch.randn_like(x), weight, bias)]
+    with _runtime.force("native"):
+        gradients(ours, tuple(leaves), torch.randn_like(x), torch.randn_like(x))
+        for op in ("layer_norm", "add_layer_norm", "layer_norm_backward"):
+            assert _runtime.path_of(op, "cpu", dtype) == "compiled C++"
 
 
 def test_offsets_beyond_two_to_the_31(path: torch.device) -> None:

@@ -15,7 +15,8 @@ from gpt2_kernels import _native, _runtime
 
 def pair(folder: Path, config: GPT2Config, device: torch.device) -> tuple[GPT2, ReferenceGPT2]:
     random_checkpoint(folder, config)
-    return GPT2.from_pretrained(folder, device=device, dtype=torch.float32), ReferenceGPT2.from_pretrained(folder, "cpu")
+    model = GPT2.from_pretrained(folder, device=device, dtype=torch.float32)
+    return model, ReferenceGPT2.from_pretrained(folder, "cpu")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_accurate
 from torch import Tensor
 
 from gpt2_kernels import _native, reference
@@ -484,19 +485,129 @@ def test_products_refuse_what_does_not_fit(ops):
         ops.linear(x, weight, bias, residual, 0, False)
 
 
+NORM_WIDTHS = [
+    1,  # variance 0
+    7,  # less than a register
+    768,  # GPT-2: whole registers
+    769,  # one past it: rows at odd addresses, a register of which one lane counts
+    1600,  # GPT-2 XL
+    16384,  # the widest
+]
+
+
+def norm_inputs(R: int, C: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x and another (R, C), their rows further apart than C, weight and bias (C,)."""
+    x, other = ((torch.randn(R, C + 3) + 3).to(dtype)[:, :C] for _ in range(2))
+    return x, other, *((torch.randn(C) + 3).to(dtype) for _ in range(2))
+
+
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("C", [1, 15, 768, 1603])
-def test_layer_norm_on_every_instruction_set(ops, dtype, C):
-    x, weight, bias = ((torch.randn(*shape) + 3).to(dtype) for shape in ((9, C), (C,), (C,)))
-    truth = torch.nn.functional.layer_norm(x.double(), (C,), weight.double(), bias.double(), 1e-5)
-    for limit in range(3):
-        ops.simd_level(limit)
-        y, statistics = ops.layer_norm(x, weight, bias, 1e-5)
-        assert relative_error(y, truth) <= (2e-5 if dtype == torch.float32 else 2**-8)  # rstd is large where C is 1
+@pytest.mark.parametrize("level", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C", NORM_WIDTHS)
+def test_layer_norm_on_every_instruction_set(ops, dtype: torch.dtype, C: int, level: int) -> None:
+    if ops.simd_level(level) != level:
+        pytest.skip(f"this CPU has no level {level}")
+    x, residual, weight, bias = norm_inputs(9, C, dtype)
+    for shift in (bias, None):
+        wide = x.double(), (C,), weight.double(), None if shift is None else shift.double()
+        y, statistics = ops.layer_norm(x, weight, shift, 1e-5)
+        theirs = torch.nn.functional.layer_norm(x, (C,), weight, shift)
+        if C > 1:
+            assert_accurate(y, theirs, torch.nn.functional.layer_norm(*wide))
+        else:
+            assert torch.equal(y, torch.zeros_like(y) if shift is None else shift.expand(9, 1))
         torch.testing.assert_close(statistics[0], x.float().mean(1), rtol=1e-5, atol=1e-6)
         for row in range(9):
-            assert torch.equal(ops.layer_norm(x[row : row + 1], weight, bias, 1e-5)[0][0], y[row])
+            assert torch.equal(ops.layer_norm(x[row : row + 1], weight, shift, 1e-5)[0][0], y[row])
+        y, total, statistics = ops.add_layer_norm(x, residual, weight, shift, 1e-5)
+        assert torch.equal(total, x + residual)
+        assert all(map(torch.equal, ops.layer_norm(total, weight, shift, 1e-5), (y, statistics)))
+    whole = x.contiguous()  # of any rank then
+    assert torch.equal(
+        ops.layer_norm(whole.view(3, 3, C), weight, bias, 1e-5)[0].view(9, C), ops.layer_norm(x, weight, bias, 1e-5)[0]
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("level", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C", NORM_WIDTHS)
+def test_gradients_of_layer_norm_on_every_instruction_set(ops, dtype: torch.dtype, C: int, level: int) -> None:
+    """37 rows are three parts, the last one short."""
+    if ops.simd_level(level) != level:
+        pytest.skip(f"this CPU has no level {level}")
+    x, dtotal, weight, bias = norm_inputs(37, C, dtype)
+    dy = norm_inputs(37, C, dtype)[0] - 3
+    _, statistics = ops.layer_norm(x, weight, bias, 1e-5)
+
+    def by_torch(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in tensors[2:]]
+        y = torch.nn.functional.layer_norm(leaves[0], (C,), *leaves[1:])
+        return torch.autograd.grad((y, leaves[0]), leaves, tensors[:2])
+
+    given = dy, dtotal, x, weight, bias
+    truth, theirs = by_torch(*(t.double() for t in given)), by_torch(*given)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(ops.layer_norm_backward(dy, dtotal, x, weight, statistics, True, True, True))
+    assert all(map(torch.equal, *results)), "the number of threads matters"
+    for name, a, b, c in zip(("x", "weight", "bias"), results[0], theirs, truth, strict=True):
+        assert_accurate(a, b, c, factor=3, what=f"gradient of {name}")
+    for part in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+        some = ops.layer_norm_backward(dy, dtotal, x, weight, statistics, *part)
+        assert all(a is None if not want else torch.equal(a, b) for want, a, b in zip(part, some, results[0]))
+    alone = ops.layer_norm_backward(dy, None, x, weight, statistics, True, False, False)[0]
+    if dtype == torch.float32:
+        torch.testing.assert_close(alone + dtotal, results[0][0], rtol=1e-5, atol=1e-5 * alone.abs().max().item())
+    for row in (0, 36):  # dx of a row by itself
+        one, mean_rstd = slice(row, row + 1), statistics[:, row : row + 1].contiguous()
+        dx = ops.layer_norm_backward(dy[one], dtotal[one], x[one], weight, mean_rstd, True, False, False)[0]
+        assert torch.equal(dx[0], results[0][0][row])
+
+
+@needs_native
+@pytest.mark.parametrize("R", [0, 1, 16, 17, 128 * 16, 128 * 16 + 1])
+def test_every_row_is_in_one_part(ops, R: int) -> None:
+    """Sums of ones are exact: a row that is missing, or there twice, shows. 128 parts of 16 rows, then longer ones."""
+    dy, x, statistics = torch.ones(R, 5), torch.full((R, 5), 3.0), torch.tensor([[1.0], [0.5]]).repeat(1, R)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        dx, dweight, dbias = ops.layer_norm_backward(dy, None, x, torch.ones(5), statistics, True, True, True)
+        assert dx.shape == (R, 5) and dweight.tolist() == dbias.tolist() == [R] * 5
+
+
+@needs_native
+def test_layer_norm_refuses(ops) -> None:
+    x, statistics = torch.randn(4, 6), torch.ones(2, 4)
+    weight = torch.ones(6)
+    for call, message in [
+        (lambda: ops.layer_norm(x.T, weight, None, 1e-5), "layer_norm: the last stride of x must be 1, got 6"),
+        (lambda: ops.layer_norm(x, weight[:5], None, 1e-5), "layer_norm: weight must be a vector of 6 dense float32"),
+        (
+            lambda: ops.layer_norm(x.half(), weight, None, 1e-5),
+            "layer_norm: x must be float32 or bfloat16, got float16",
+        ),
+        (
+            lambda: ops.add_layer_norm(x, x[:3], weight, None, 1e-5),
+            "add_layer_norm: residual's values must be 24, got 18",
+        ),
+        (
+            lambda: ops.layer_norm_backward(x.bfloat16(), None, x, weight, statistics, True, True, True),
+            "layer_norm_backward: dy must have the dtype of x, float32, got bfloat16",
+        ),
+        (
+            lambda: ops.layer_norm_backward(x, x.view(6, 4), x, weight, statistics, True, True, True),
+            "layer_norm_backward: dtotal's columns must be 6, got 4",
+        ),
+        (
+            lambda: ops.layer_norm_backward(x, None, x, weight, statistics.T, True, True, True),
+            "layer_norm_backward: the rows of statistics must be 2, got 4",
+        ),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 @needs_native

@@ -26,14 +26,16 @@ def chunk_rows(R: int, row_bytes: int, alive_row_bytes: int) -> int:
 
 
 def outputs(rows: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (R,), room for d x (R, C) and zeros for d weight (V, C); a gradient that nobody needs has no rows.
+    """Losses (R,), room for d x (R, C) and d weight (V, C); a gradient that nobody needs has no rows.
 
+    The first chunk writes d weight and the others add to it; without a row there is no chunk, and it is 0.
     The gradients are those of the sum, and float32: neither 1 / rows nor a loss scale that has not come yet may push
     float16 out of its range, and there is one rounding, in backward.
     """
     losses = rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows.dtype))
     dx = losses.new_empty(rows.shape[0] if need_dx else 0, rows.shape[1])
-    return losses, dx, losses.new_zeros(weight.shape[0] if need_dweight else 0, rows.shape[1])
+    dweight = losses.new_empty(weight.shape[0] if need_dweight else 0, rows.shape[1])
+    return losses, dx, dweight if rows.shape[0] else dweight.zero_()
 
 
 def _rows_(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,9 +115,10 @@ def linear_cross_entropy(
         if need_dx:
             dx[part] = torch.mm(logits, weight)
         if need_dweight and dtype == dweight.dtype:
-            dweight.addmm_(logits.T, rows[part])
+            dweight.addmm_(logits.T, rows[part], beta=int(start > 0))
         elif need_dweight:
-            dweight += torch.mm(logits.T, rows[part])
+            product = torch.mm(logits.T, rows[part])
+            dweight.add_(product) if start else dweight.copy_(product)
     return *mean(losses, targets, ignore_index), dx, dweight
 
 

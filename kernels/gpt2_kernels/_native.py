@@ -34,6 +34,7 @@ HEADERS = (
     "cpu_crossentropy_tile.h",
     "cpu_gelu_tile.h",
     "cpu_lanes.h",
+    "cpu_layernorm.h",
     "cpu_layernorm_tile.h",
     "cpu_linear.h",
     "cpu_linear_tile.h",

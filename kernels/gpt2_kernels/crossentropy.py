@@ -13,7 +13,7 @@ no 16-byte load may have, so a row is taken as up to 15 bytes, then 16-byte piec
 linear_cross_entropy, FLOPs: 2 R V C forward and 4 R V C for the gradients, which are made in the forward pass, while a
 chunk's logits are there: backward would have to make the logits again, 2 R V C more (Hsu et al., 2024, "Liger Kernel").
 Bytes beside the products' operands: R V s written by the first product, read, overwritten by d logits, read by the two
-other products, 5 R V s (a row's second reading comes from L2), and 8 V C for each chunk to add to d weight.
+other products, 5 R V s (a row's second reading comes from L2), and 8 V C for each further chunk to add to d weight.
 Memory: the logits of one chunk, at most 1/16 of all or 512 rows; for backward d x and d weight in float32, 4 (R + V) C.
 Specification: gpt2_kernels.reference.cross_entropy, linear_cross_entropy.
 """
@@ -287,7 +287,7 @@ def _cross_entropy_backward_triton(
     return dlogits
 
 
-def _add_product_(out: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
+def _add_product_(out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
     """out = beta out + a b, where out is float32 whatever a and b are.
 
     cuBLAS rather than our `linear`, which exists to give a row the same bits in any batch: a mean over the batch has no
@@ -336,7 +336,7 @@ def _linear_cross_entropy_triton(
         if need_dx:
             _add_product_(dx[part], logits, weight, beta=0)
         if need_dweight:
-            _add_product_(dweight, logits.T, rows[part])
+            _add_product_(dweight, logits.T, rows[part], beta=int(start > 0))
     return *_mean(losses, targets, ignore_index), dx, dweight
 
 
@@ -407,21 +407,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss, scale, dx, dweight = torch.ops.gpt2_kernels.linear_cross_entropy(
             x, weight, targets, ignore_index, need_dx, need_dweight
         )
-        ctx.save_for_backward(scale, dx, dweight)
-        ctx.need, ctx.shape, ctx.dtype = (need_dx, need_dweight), x.shape, x.dtype
+        ctx.save_for_backward(x, weight, targets, scale)
+        ctx.gradients, ctx.options = (dx, dweight), (ignore_index, need_dx, need_dweight)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, dx, dweight = ctx.saved_tensors
+        x, weight, targets, scale = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second time through a retained graph: the first took them along
+            gradients = torch.ops.gpt2_kernels.linear_cross_entropy(x, weight, targets, *ctx.options)[2:]
+        _, need_dx, need_dweight = ctx.options
         factor = grad * scale  # stays on the device
-        need_dx, need_dweight = ctx.need
-        return (
-            (dx * factor).to(ctx.dtype).view(ctx.shape) if need_dx else None,
-            (dweight * factor).to(ctx.dtype) if need_dweight else None,
-            *(None,) * 4,
-        )
+        # In place: another d weight would take a CPU as long as half a product, for its fresh pages alone.
+        dx, dweight = (gradient.mul_(factor).to(x.dtype) for gradient in gradients)
+        return dx.view(x.shape) if need_dx else None, dweight if need_dweight else None, *(None,) * 4
 
 
 def _check_arguments(op: str, tensor: Tensor, targets: Tensor, V: int, ignore_index: int) -> None:

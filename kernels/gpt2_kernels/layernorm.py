@@ -22,7 +22,8 @@ backward: bound by memory everywhere.
     R = 65536             201 MB        403 MB            302 + 13.0 MB     403 + 13.0 MB
 
 The partial sums fit into L2. Same bits twice, and no atomics: a row's y and dx depend on that row alone; which rows a
-program adds, in which order, and the order of the partial sums depend on R and C, not on the GPU.
+program adds, in which order, and the order of the partial sums depend on R and C, not on the GPU; on a CPU they depend
+on R, not on the number of threads (csrc/cpu_layernorm.h).
 Specification: gpt2_kernels.reference.layer_norm, add_layer_norm, layer_norm_backward.
 """
 
@@ -347,8 +348,8 @@ def _layer_norm_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
     if _runtime.native(x):
-        y, kept = _native.ops().layer_norm(_check.as_rows(x), weight, bias, eps)
-        return _check.as_shape(y, tuple(x.shape)), kept if statistics else None
+        y, kept = _native.ops().layer_norm(_rows(x)[0], weight, bias, eps)
+        return _check.as_shape(y, x.shape), kept if statistics else None
     wide = reference.wide  # PyTorch keeps the statistics in the dtype of the input, and backward needs float32
     y, mean, rstd = torch.native_layer_norm(
         wide(x), (x.shape[-1],), wide(weight), None if bias is None else wide(bias), eps
@@ -359,6 +360,9 @@ def _layer_norm_cpu(
 def _add_layer_norm_cpu(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    if _runtime.native(x):
+        y, total, kept = _native.ops().add_layer_norm(_rows(x)[0], _rows(residual)[0], weight, bias, eps)
+        return _check.as_shape(y, x.shape), _check.as_shape(total, x.shape), kept if statistics else None
     total = torch.add(x, residual).contiguous()
     y, kept = _layer_norm_cpu(total, weight, bias, eps, statistics)
     return y, total, kept
@@ -374,6 +378,12 @@ def _backward_cpu(
     want_dweight: bool,
     want_dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if _runtime.native(x):
+        others = None if dtotal is None else _rows(dtotal)[0]
+        dx, dweight, dbias = _native.ops().layer_norm_backward(
+            _rows(dy)[0], others, _rows(x)[0], weight, statistics, want_dx, want_dweight, want_dbias
+        )
+        return None if dx is None else _check.as_shape(dx, x.shape), dweight, dbias
     wide, C = reference.wide, x.shape[-1]
     mean, rstd = statistics.view(2, -1, 1)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -448,6 +458,7 @@ register(
     triton_impl=_backward_triton,
     cpu_impl=_backward_cpu,
     fake=_fake_backward,
+    cpu="native",
 )
 # The overloads themselves: going through the packet costs the host a lookup per call.
 _layer_norm_op = torch.ops.gpt2_kernels.layer_norm.default
