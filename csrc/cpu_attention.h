@@ -17,6 +17,12 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define GPT2K_AMX 1  // this compiler knows it, and this system says whether a process may use it
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -158,19 +164,34 @@ namespace avx512 {
 #endif
 #endif  // __x86_64__
 
+#if GPT2K_AMX
+// Whether the CPU multiplies tiles of bfloat16 and int8, and Linux lets this process hold them, which it must be asked.
+bool detect_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTile | kInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 int detect_simd_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // some runtimes of clang's do not fill it in by themselves
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return 2;
+#if GPT2K_AMX
+    if (detect_amx()) return 4;
+#endif
+    return 3;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
 }
 
-std::atomic<int> simd_limit{3};
+std::atomic<int> simd_limit{4};
 
 int simd_level_in_use() {
   static const int detected = detect_simd_level();

@@ -48,15 +48,15 @@ struct Int8Dot {  // VNNI multiplies unsigned by signed: weights are read as w +
   }
 };
 
-// ROWS rows of x against 16 / ROWS rows of weight: lane row * COLS + column of the result. FETCHED rows of weight that
-// come later, from `next` on, are brought into the cache meanwhile.
+// The sums of ROWS rows of x with 16 / ROWS rows of weight, lane by lane, over the elements from `begin` to `end`.
+// FETCHED rows of weight that come later, from `next` on, are brought into the cache meanwhile.
 template <class Dot, int ROWS, int FETCHED>
-GPT2K_INLINE typename Dot::Sum dot_tile(const typename Dot::X* const* x, const typename Dot::Weight* const* weight,
-                                        int64_t K, const typename Dot::Weight* next, int64_t stride) {
+GPT2K_INLINE void dot_tile(typename Dot::Sum (&sums)[16], const typename Dot::X* const* x,
+                           const typename Dot::Weight* const* weight, int64_t begin, int64_t end,
+                           const typename Dot::Weight* next, int64_t stride) {
   constexpr int kCols = 16 / ROWS;
-  typename Dot::Sum sums[16] = {};
-  int64_t k = 0;
-  for (; k + Dot::kStep <= K; k += Dot::kStep) {
+  int64_t k = begin;
+  for (; k + Dot::kStep <= end; k += Dot::kStep) {
     __m512i rows[ROWS];
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row) rows[row] = Dot::load(x[row] + k);
@@ -71,8 +71,8 @@ GPT2K_INLINE typename Dot::Sum dot_tile(const typename Dot::X* const* x, const t
       }
     }
   }
-  if (k < K) {
-    const auto mask = typename Dot::Mask((uint64_t(1) << (K - k)) - 1);
+  if (k < end) {
+    const auto mask = typename Dot::Mask((uint64_t(1) << (end - k)) - 1);
 #pragma GCC unroll 16
     for (int col = 0; col < kCols; ++col) {
       const __m512i w = Dot::weight(Dot::load(weight[col] + k, mask));
@@ -82,40 +82,63 @@ GPT2K_INLINE typename Dot::Sum dot_tile(const typename Dot::X* const* x, const t
       }
     }
   }
-  return sum_each(sums);
 }
 
-// Sums of `rows` rows with `cols` columns, COLS at a time; what lies past either end repeats the last one. The weights
-// of the next columns are fetched while these are multiplied, FETCHED of them in each of the first passes over the
-// rows, so that the first pass alone does not wait for memory.
-template <class Dot, int ROWS, int FETCHED>
+// Sums of `rows` rows with `cols` columns, ROWS rows with twice 16 / ROWS columns at a time, so that what is loaded of
+// x serves two tiles; what lies past either end repeats the last one. The weights of the next columns are fetched
+// while these are multiplied, FETCHED of them in each of the first passes over the rows, so that the first pass alone
+// does not wait for memory. With PIECES K is cut so that these columns stay in the innermost cache for all rows; the
+// lanes of unfinished sums are kept between two pieces, which changes no bit.
+template <class Dot, int ROWS, int FETCHED, bool PIECES = false>
 GPT2K_INLINE void dot_columns(const LinearBlock<typename Dot::X, typename Dot::Weight>& block, int32_t* sums) {
-  constexpr int kCols = 16 / ROWS;
-  for (int col = 0; col < block.cols; col += kCols) {
-    const typename Dot::Weight* weight[kCols];
-    for (int i = 0; i < kCols; ++i) {
-      weight[i] = block.weight + (col + i < block.cols ? col + i : block.cols - 1) * block.weight_stride;
-    }
-    const typename Dot::Weight* next = block.weight + (col + kCols) * block.weight_stride;
-    for (int row = 0, fetched = 0; row < block.rows; row += ROWS, fetched += FETCHED) {
-      const typename Dot::X* x[ROWS];
-      for (int i = 0; i < ROWS; ++i) {
-        x[i] = block.x + (row + i < block.rows ? row + i : block.rows - 1) * block.x_stride;
+  constexpr int kCols = 16 / ROWS, kTiles = 2;
+  typename Dot::Sum kept[PIECES ? kLinearRows / ROWS : 1][kTiles][16];
+  const int64_t stride = block.weight_stride;
+  // 4 rows of x and 8 of weights are three quarters of that cache
+  const int64_t piece = inner_cache_bytes() / 16 / int64_t(sizeof(typename Dot::X)) / Dot::kStep * Dot::kStep;
+  for (int first = 0; first < block.cols; first += kTiles * kCols) {
+    int64_t begin = 0, end;
+    do {
+      end = PIECES && block.K - begin > piece ? begin + piece : block.K;
+      for (int row = 0, fetched = 0; row < block.rows; row += ROWS, fetched += FETCHED) {
+        const typename Dot::X* x[ROWS];
+        for (int i = 0; i < ROWS; ++i) {
+          x[i] = block.x + (row + i < block.rows ? row + i : block.rows - 1) * block.x_stride;
+        }
+        for (int tile = 0; tile < kTiles && first + tile * kCols < block.cols; ++tile) {
+          const int col = first + tile * kCols;
+          const typename Dot::Weight* weight[kCols];
+          for (int i = 0; i < kCols; ++i) {
+            weight[i] = block.weight + (col + i < block.cols ? col + i : block.cols - 1) * stride;
+          }
+          const typename Dot::Weight* next = block.weight + (col + kTiles * kCols + fetched) * stride;
+          typename Dot::Sum lanes[16] = {};
+          if (PIECES && begin > 0) std::memcpy(lanes, kept[row / ROWS][tile], sizeof(lanes));
+          if (fetched < kCols) {
+            dot_tile<Dot, ROWS, FETCHED>(lanes, x, weight, begin, end, next, stride);
+          } else {
+            dot_tile<Dot, ROWS, 0>(lanes, x, weight, begin, end, next, stride);
+          }
+          if (PIECES && end < block.K) {
+            std::memcpy(kept[row / ROWS][tile], lanes, sizeof(lanes));
+            continue;
+          }
+          const auto folded = sum_each(lanes);  // lane row * kCols + column
+          for (int i = 0; i < ROWS; ++i) {
+            std::memcpy(sums + (row + i) * kLinearCols + col, reinterpret_cast<const int32_t*>(&folded) + i * kCols,
+                        sizeof(int32_t) * kCols);
+          }
+        }
       }
-      const int64_t stride = block.weight_stride;
-      const auto tile = fetched < kCols
-                            ? dot_tile<Dot, ROWS, FETCHED>(x, weight, block.K, next + fetched * stride, stride)
-                            : dot_tile<Dot, ROWS, 0>(x, weight, block.K, next, stride);
-      for (int i = 0; i < ROWS; ++i) {
-        std::memcpy(sums + (row + i) * kLinearCols + col, reinterpret_cast<const int32_t*>(&tile) + i * kCols,
-                    sizeof(int32_t) * kCols);
-      }
-    }
+      begin = end;
+    } while (begin < block.K);
   }
 }
 
-// One row of x, a row of weight after the other: memory is read from one end to the other, which the hardware foresees.
-// Sixteen rows side by side cost int8 a fifth of the bandwidth.
+// One row of x, a row of weight after the other: memory is read from one end to the other, which AMD's processors
+// foresee, and Intel's with a word ahead (a fifth of the bandwidth). Sixteen rows side by side cost int8 as much.
+constexpr int kAhead = 4096;  // bytes
+
 template <class Dot>
 GPT2K_INLINE void dot_row(const LinearBlock<typename Dot::X, typename Dot::Weight>& block, int32_t* sums) {
   const auto mask = typename Dot::Mask((uint64_t(1) << block.K % Dot::kStep) - 1);
@@ -127,6 +150,7 @@ GPT2K_INLINE void dot_row(const LinearBlock<typename Dot::X, typename Dot::Weigh
       typename Dot::Sum sum = {};
       int64_t k = 0;
       for (; k + Dot::kStep <= block.K; k += Dot::kStep) {
+        __builtin_prefetch(reinterpret_cast<const char*>(weight + k) + kAhead, 0, 3);
         sum = Dot::add(sum, Dot::load(block.x + k), Dot::weight(Dot::load(weight + k)));
       }
       if (k < block.K) sum = Dot::add(sum, Dot::load(block.x + k, mask), Dot::weight(Dot::load(weight + k, mask)));
@@ -143,7 +167,7 @@ static void dot_block(const LinearBlock<typename Dot::X, typename Dot::Weight>& 
   if (block.rows == 2) return dot_columns<Dot, 2, 8>(block, sums);
   if (block.rows <= 4) return dot_columns<Dot, 4, 4>(block, sums);
   if (block.rows <= 12) return dot_columns<Dot, 4, 2>(block, sums);
-  dot_columns<Dot, 4, 1>(block, sums);
+  dot_columns<Dot, 4, 1, true>(block, sums);
 }
 
 // One row of a block, its sums in float32: bias, activation, residual, one rounding.
@@ -175,7 +199,7 @@ static void finish_block(const int32_t* sums, const LinearEpilogue<T>& to, int64
       } else {
         IntLanes exact;
         std::memcpy(&exact, here, sizeof(exact));
-        exact = exact - 128 * to.x_sum[first_row + row];
+        if (to.x_sum != nullptr) exact = exact - 128 * to.x_sum[first_row + row];
         const Lanes scale = load_some(to.weight_scale + first_col + col, cols - col < kLanes ? cols - col : kLanes);
         y = __builtin_convertvector(exact, Lanes) * (scale * to.x_scale[first_row + row]);
       }

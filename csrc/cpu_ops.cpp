@@ -585,7 +585,7 @@ void check_linear(const char* op, const Tensor& x, const Tensor& weight, const M
     check_size(op, "the columns of residual", residual->size(1), weight.size(0));
     check_unit_stride(op, "residual", *residual);
   }
-  STD_TORCH_CHECK(simd_level_in_use() == 3, op, ": needs AVX-512 with BF16 and VNNI");
+  STD_TORCH_CHECK(simd_level_in_use() >= 3, op, ": needs AVX-512 with BF16 and VNNI");
 }
 
 template <class T>
@@ -617,9 +617,16 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const M
                                        static_cast<const float*>(weight.const_data_ptr()), weight.stride(0), M, K,
                                        epilogue<float>(bias, residual, kept, y, activation));
   } else {
-    run_linear<avx512_dot::BFloat16Dot>(static_cast<const BFloat16Bits*>(x.const_data_ptr()), x.stride(0),
-                                        static_cast<const BFloat16Bits*>(weight.const_data_ptr()), weight.stride(0), M,
-                                        K, epilogue<BFloat16Bits>(bias, residual, kept, y, activation));
+    const auto* rows = static_cast<const BFloat16Bits*>(x.const_data_ptr());
+    const auto* columns = static_cast<const BFloat16Bits*>(weight.const_data_ptr());
+    const auto to = epilogue<BFloat16Bits>(bias, residual, kept, y, activation);
+#if GPT2K_AMX
+    if (simd_level_in_use() >= 4) {
+      run_linear_amx(rows, x.stride(0), columns, weight.stride(0), M, K, to);
+      return {y, pre};
+    }
+#endif
+    run_linear<avx512_dot::BFloat16Dot>(rows, x.stride(0), columns, weight.stride(0), M, K, to);
   }
   return {y, pre};
 }
@@ -641,9 +648,12 @@ void linear_int8_into(const Tensor& x, const Tensor& weight, const Tensor& scale
   });
   to.weight_scale = static_cast<const float*>(scale.const_data_ptr());
   to.x_scale = x_scale;
+  const int8_t* columns = static_cast<const int8_t*>(weight.const_data_ptr());
+#if GPT2K_AMX
+  if (simd_level_in_use() >= 4) return run_linear_amx(q, K, columns, weight.stride(0), M, K, to);
+#endif
   to.x_sum = x_sum;
-  run_linear<avx512_dot::Int8Dot>(q, K, static_cast<const int8_t*>(weight.const_data_ptr()), weight.stride(0), M, K,
-                                  to);
+  run_linear<avx512_dot::Int8Dot>(q, K, columns, weight.stride(0), M, K, to);
 }
 
 // The same with weight (N, K) int8 and scale (N,) float32; rows of x are rounded to int8, each with its own scale.
@@ -739,9 +749,9 @@ Tensor paged_layer_(const Tensor& x, const std::vector<Tensor> weights, const st
 #endif  // __x86_64__
 
 // For tests and reports: lowers the instruction set to at most `limit` and returns the one in use (0 portable, 1 AVX2,
-// 2 AVX-512, 3 with BF16 and VNNI).
+// 2 AVX-512, 3 with BF16 and VNNI, 4 with AMX too).
 int64_t simd_level(int64_t limit) {
-  simd_limit.store(int(limit < 0 ? 0 : limit > 3 ? 3 : limit));
+  simd_limit.store(int(limit < 0 ? 0 : limit > 4 ? 4 : limit));
   return simd_level_in_use();
 }
 

@@ -161,7 +161,7 @@ class GPT2(nn.Module):
         x = self._embed(batch.tokens, batch.positions)
         fits = (
             cache[0].keys.dtype == x.dtype
-            and ops.has_paged_layer(x, int8=self.is_int8)
+            and ops.has_paged_layer(x)
             and not torch.compiler.is_compiling()
             and not nn.modules.module._has_any_global_hook()
         )

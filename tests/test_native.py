@@ -20,7 +20,8 @@ from gpt2_kernels import _native, reference
 
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.status())
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no c++ on this machine")
-ALL_LEVELS = 3  # AVX-512 with BF16 and VNNI where there is one
+ALL_LEVELS = 4  # AMX where there is one
+DOT_PRODUCTS = 3  # AVX-512 with BF16 and VNNI, which products need
 
 
 @pytest.fixture
@@ -374,14 +375,25 @@ def test_append_refuses_before_it_writes(ops, changes, message):
 
 
 needs_products = pytest.mark.skipif(
-    not _native.load() or _native.ops().simd_level(ALL_LEVELS) < ALL_LEVELS,
+    not _native.load() or _native.ops().simd_level(ALL_LEVELS) < DOT_PRODUCTS,
     reason="needs AVX-512 with BF16 and VNNI",
 )
+
+
+@pytest.fixture(params=[DOT_PRODUCTS, ALL_LEVELS], ids=["avx512", "amx"])
+def product_ops(ops, request) -> Iterator:
+    """The operators on each instruction set that has products."""
+    if ops.simd_level(request.param) != request.param:
+        pytest.skip(f"the machine has no level {request.param}")
+    yield ops
+
+
 PRODUCTS = [  # M, K, N
     (1, 768, 200),  # decode: sixteen columns at a time, the last ones fewer
     (2, 100, 65),  # eight at a time; K ends inside a register of every type
     (3, 33, 7),  # a row is missing of four
     (5, 3072, 64),
+    (17, 768, 96),  # a tile of AMX's and one row; a pair of tiles of columns and one
     (70, 769, 130),  # two blocks of rows and three of columns, none full
     (1, 1, 1),
     (0, 5, 3),
@@ -400,29 +412,29 @@ def relative_error(ours: Tensor, truth: Tensor) -> float:
 @needs_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("M, K, N", PRODUCTS)
-def test_linear_agrees_with_float64(ops, dtype, M, K, N):
+def test_linear_agrees_with_float64(product_ops, dtype, M, K, N):
     x, weight, bias, residual = product_inputs(M, K, N, dtype)
     limit = 2e-6 if dtype == torch.float32 else 2**-8  # a rounding of the largest result
     pre = x.double() @ weight.double().T + bias.double()
     for kind, name in enumerate((None, "none", "tanh")):
         after = pre if name is None else torch.nn.functional.gelu(pre, approximate=name)
-        y, kept = ops.linear(x, weight, bias, residual, kind, True)
+        y, kept = product_ops.linear(x, weight, bias, residual, kind, True)
         assert relative_error(y, after + residual.double()) <= limit, name
         assert relative_error(kept, pre) <= limit, name
     wide = torch.randn(M, 2 * K).to(dtype)[:, :K]  # rows of x further apart
-    y, kept = ops.linear(wide, weight, None, None, 0, False)
+    y, kept = product_ops.linear(wide, weight, None, None, 0, False)
     assert relative_error(y, wide.double() @ weight.double().T) <= limit and kept.shape == (0, N)
 
 
 @needs_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_products_are_exact(ops, dtype):
+def test_int8_products_are_exact(product_ops, dtype):
     """The integers come out exactly, so only the float32 epilogue and the last rounding remain."""
     for M, K, N in PRODUCTS:
         x, weight, bias, residual = product_inputs(M, K, N, dtype)
         scale = torch.rand(N) + 0.1
         weight = torch.randint(-128, 128, (N, K)).to(torch.int8)
-        y = ops.linear_int8(x, weight, scale, bias, residual, 0)
+        y = product_ops.linear_int8(x, weight, scale, bias, residual, 0)
         largest = x.float().abs().amax(1, keepdim=True)
         rounded = (x.float() * (127 / largest)).round()
         truth = (rounded.double() @ weight.double().T) * (largest.double() / 127 * scale.double())
@@ -431,22 +443,22 @@ def test_int8_products_are_exact(ops, dtype):
     # the largest sums there are: none of them wraps or saturates
     for value in (-128, 127):
         x, weight = torch.ones(3, 65536, dtype=dtype), torch.full((20, 65536), value, dtype=torch.int8)
-        y = ops.linear_int8(x, weight, torch.ones(20), None, None, 0)
+        y = product_ops.linear_int8(x, weight, torch.ones(20), None, None, 0)
         assert relative_error(y, torch.full((3, 20), 65536.0 * value).double()) <= limit
 
 
 @needs_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("K", [768, 101])
-def test_rows_of_products_have_the_same_bits_in_any_company(ops, dtype, K):
+@pytest.mark.parametrize("K", [768, 101, 5000])  # of 5000 many rows are summed piece by piece, few at one go
+def test_rows_of_products_have_the_same_bits_in_any_company(product_ops, dtype, K):
     x, weight, bias, residual = product_inputs(70, K, 200, torch.bfloat16 if dtype == torch.int8 else dtype)
     scale = torch.rand(200)
 
     def product(first: int, last: int) -> Tensor:
         some, other = x[first:last], residual[first:last]
         if dtype == torch.int8:
-            return ops.linear_int8(some, (weight * 40).to(torch.int8), scale, bias, other, 2)
-        return ops.linear(some, weight, bias, other, 2, False)[0]
+            return product_ops.linear_int8(some, (weight * 40).to(torch.int8), scale, bias, other, 2)
+        return product_ops.linear(some, weight, bias, other, 2, False)[0]
 
     whole = product(0, 70)
     for rows in (1, 2, 3, 4, 5, 7, 64):
@@ -457,10 +469,10 @@ def test_rows_of_products_have_the_same_bits_in_any_company(ops, dtype, K):
 
 
 @needs_products
-def test_a_row_that_is_not_finite_stays_so_in_int8(ops):
+def test_a_row_that_is_not_finite_stays_so_in_int8(product_ops):
     x = torch.randn(4, 100)
     x[1, 3], x[2, 99], x[3] = math.nan, math.inf, 0.0
-    y = ops.linear_int8(x, torch.ones(5, 100, dtype=torch.int8), torch.ones(5), None, None, 0)
+    y = product_ops.linear_int8(x, torch.ones(5, 100, dtype=torch.int8), torch.ones(5), None, None, 0)
     assert y[0].isfinite().all() and y[1:3].isnan().all() and (y[3] == 0).all()
 
 

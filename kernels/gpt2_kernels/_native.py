@@ -29,6 +29,7 @@ import torch
 
 SOURCE = "cpu_ops.cpp"
 HEADERS = (
+    "cpu_amx_tile.h",
     "cpu_attention.h",
     "cpu_attention_tile.h",
     "cpu_crossentropy_tile.h",

@@ -48,7 +48,8 @@ except ImportError:  # Triton is published for Linux alone; everywhere else its 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of the compiled operators for CPUs
-ALL_INSTRUCTIONS = 3  # the highest level of csrc's simd_level
+ALL_INSTRUCTIONS = 4  # the highest level of csrc's simd_level, with AMX
+DOT_PRODUCTS = 3  # from here on products are compiled: AVX-512 with BF16 and VNNI
 
 OPS: dict[str, str] = {}  # operator -> what computes it on a CPU, see `register`, or everywhere ("torch only")
 library = torch.library.Library("gpt2_kernels", "DEF")
@@ -169,29 +170,18 @@ def native_indices(tensor: torch.Tensor) -> bool:
 @functools.cache
 def _dot_products() -> bool:
     """Whether the CPU multiplies bfloat16 and int8 in the compiled extension: AVX-512 with BF16 and VNNI."""
-    return _native.ops().simd_level(ALL_INSTRUCTIONS) == ALL_INSTRUCTIONS
-
-
-@functools.cache
-def _matrix_unit() -> bool:
-    """Whether the CPU has AMX, which PyTorch's oneDNN uses for bfloat16 and int8, and the extension does not."""
-    return torch.cpu._is_amx_tile_supported()
+    return _native.ops().simd_level(ALL_INSTRUCTIONS) >= DOT_PRODUCTS
 
 
 def native_products(x: torch.Tensor) -> bool:
     """Whether products of `x` with weights of its dtype go to the compiled extension."""
-    return native(x) and _dot_products() and (x.dtype == torch.float32 or not _matrix_unit())
-
-
-def native_int8(x: torch.Tensor) -> bool:
-    """Whether products of `x` with int8 weights do."""
-    return native(x) and _dot_products() and not _matrix_unit()
+    return native(x) and _dot_products()
 
 
 def multiplies(x: torch.Tensor) -> bool:
     """Whether the CPU multiplies the dtype of `x` itself, so that PyTorch's products of it are fast."""
     if x.dtype == torch.bfloat16:
-        return _matrix_unit() or native_products(x)
+        return native_products(x)
     return x.dtype in (torch.float32, torch.float64)
 
 
@@ -214,7 +204,7 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     if OPS[op] == "int8":
         if device == "cuda":
             return "none: int8 weights are for CPUs"
-        return "compiled C++" if native_int8(torch.empty(0)) else "PyTorch"
+        return "compiled C++" if native_products(torch.empty(0)) else "PyTorch"
     if OPS[op] == "layer":
         serves = device != "cuda" and not triton_on_cpu() and native_products(torch.empty(0, dtype=dtype))
         return "compiled C++" if serves else "none: its operators run one by one"
@@ -229,7 +219,7 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     if not native(torch.empty(0, dtype=dtype)):
         return f"PyTorch ({_native.status()})"
     if OPS[op] == "products" and not native_products(torch.empty(0, dtype=dtype)):
-        return "PyTorch (AMX)" if _dot_products() else "PyTorch (no AVX-512 with BF16 and VNNI)"
+        return "PyTorch (no AVX-512 with BF16 and VNNI)"
     return "compiled C++"
 
 

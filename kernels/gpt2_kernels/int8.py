@@ -6,7 +6,7 @@
 A row of x is rounded likewise, q = round(x / scale_x) with scale_x = max |row| / 127, so that both factors are int8:
 the sum of products is an exact integer, and a row of y has the same bits alone or among any others. What rounding
 costs, of a sum of K products: at most K (max |x| / 254 mean |w| + max |w| / 254 mean |x| + max |x| max |w| / 254^2).
-Bytes: N K for the weight, a half of bfloat16's. With AVX-512 VNNI the compiled extension does it all in one pass;
+Bytes: N K for the weight, a half of bfloat16's. With AMX or AVX-512 VNNI the compiled extension does it in one pass;
 elsewhere PyTorch's own product of int8 matrices (oneDNN's) stands between two passes.
 Specification: gpt2_kernels.reference.linear_int8. Source: Dettmers et al., 2022, "LLM.int8()", section 2 (row-wise
 scales).
@@ -29,7 +29,7 @@ def _linear_int8_cpu(
     rows = _check.as_rows(x)
     other = None if residual is None else _check.as_rows(residual)
     shape = (*x.shape[:-1], weight.shape[0])
-    if weight.stride(1) == 1 and _runtime.native_int8(x):
+    if weight.stride(1) == 1 and _runtime.native_products(x):
         bias = None if bias is None else bias.contiguous()
         kind = _check.ACTIVATIONS[activation or None]
         return _check.as_shape(_native.ops().linear_int8(rows, weight, scale.contiguous(), bias, other, kind), shape)

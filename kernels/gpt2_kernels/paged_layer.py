@@ -58,17 +58,15 @@ register(
 )
 
 
-def has_paged_layer(x: Tensor, *, int8: bool = False) -> bool:
+def has_paged_layer(x: Tensor) -> bool:
     """Whether `paged_layer_` takes `x` here, with weights of its dtype or in int8: on a CPU whose products the compiled
     extension computes, outside of autocast, and not while the Triton kernels are interpreted."""
-    return not torch.is_autocast_enabled("cpu") and _serves(x.device.type, x.dtype, int8)
+    return not torch.is_autocast_enabled("cpu") and _serves(x.device.type, x.dtype)
 
 
 @torch.compiler.assume_constant_result
-def _serves(device: str, dtype: torch.dtype, int8: bool) -> bool:
-    if device != "cpu" or _runtime.triton_on_cpu():
-        return False
-    return (_runtime.native_int8 if int8 else _runtime.native_products)(torch.empty(0, dtype=dtype))
+def _serves(device: str, dtype: torch.dtype) -> bool:
+    return device == "cpu" and not _runtime.triton_on_cpu() and _runtime.native_products(torch.empty(0, dtype=dtype))
 
 
 def paged_layer_(
@@ -97,7 +95,7 @@ def paged_layer_(
     of tensors that does not fit.
     """
     int8 = len(weight_scales) > 0
-    if not has_paged_layer(x, int8=int8):
+    if not has_paged_layer(x):
         what = f"{'int8' if int8 else x.dtype} weights, x on {x.device}"
         if torch.is_autocast_enabled("cpu"):
             what += ", under autocast"
