@@ -26,13 +26,14 @@ BEGIN, END = "<!-- made by python -m benchmarks.report -->", "<!-- end -->"
 
 
 def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Device -> stage -> its newest measurement, with the date beside it."""
+    """Device -> stage -> its newest measurement, with the date beside it: GPUs first, then what was measured last."""
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for path in sorted(folder.glob("*/*.json"), key=lambda path: path.stem):
         content = results.read(path)
         for stage, entry in content["stages"].items():
             found[content["device"]][stage] = {**entry, "date": content["date"]}
-    return dict(sorted(found.items(), key=lambda item: (not _is_gpu(item[1]), item[0])))
+    newest_first = sorted(found.items(), key=lambda item: max(stage["date"] for stage in item[1].values()), reverse=True)
+    return dict(sorted(newest_first, key=lambda item: not _is_gpu(item[1])))
 
 
 def _is_gpu(stages: dict[str, dict[str, Any]]) -> bool:

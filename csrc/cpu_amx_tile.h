@@ -2,9 +2,9 @@
 //
 // A tile is 16 rows of 64 bytes. Weights are loaded as they lie, 16 rows of the matrix at a time; it is x, the small
 // operand, that is packed: the instruction wants the other factor in units of 32 bits, (unit along K, row of x). So a
-// tile of sums is (16 columns of y, 16 rows of y) and is turned around when it is stored. A sum adds the products of one
-// row and one column in an order that K alone decides, whatever the number of rows: in bfloat16, of each 64 bytes, those
-// of even k and those of odd k, and what the two come to is added to what was there before; in int8 it is exact.
+// tile of sums is (16 columns of y, 16 rows of y) and is turned around when it is stored. A sum adds the products of
+// one row and one column in an order that K alone decides, whatever the number of rows: in bfloat16, of each 64 bytes,
+// those of even k and those of odd k, and what the two come to is added to what was there before; in int8 it is exact.
 
 constexpr int kTileSide = 16;   // rows of a tile, and its columns of 32 bits
 constexpr int kTileBytes = 64;  // of a row of a tile

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu_attention.h"
+#include "cpu_tiles.h"
 
 namespace {
 

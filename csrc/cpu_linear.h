@@ -4,92 +4,14 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <unistd.h>
-
-#include <cmath>
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 
-#include "cpu_attention.h"
+#include "cpu_tiles.h"
 
 #if defined(__x86_64__)
 
 namespace {
-
-constexpr int kLinearRows = 64;  // rows and columns of y that a thread computes at a time (no influence on the result)
-constexpr int kLinearCols = 64;
-
-int64_t inner_cache_bytes() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  static const int64_t found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-  if (found >= (16 << 10)) return found;
-#endif
-  return 32 << 10;
-}
-
-template <class X, class Weight>
-struct LinearBlock {
-  const X* x;
-  const Weight* weight;
-  int64_t x_stride, weight_stride, K;
-  int rows, cols;
-};
-
-template <class T>
-struct LinearEpilogue {
-  const T *bias, *residual;  // (N,), (M, N), or null
-  T *pre, *y;                // (M, N) contiguous; pre, the input of the activation, or null
-  int64_t N, residual_stride;
-  int activation;             // 0 none, 1 GELU by erf, 2 GELU by tanh
-  const float* weight_scale;  // (N,) in int8, else null
-  const float* x_scale;       // (M,)
-  const int32_t* x_sum;       // (M,) sums of the rows of x in int8, where 128 of them are in every sum; else null
-};
-
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                   \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")
-#endif
-namespace avx512_dot {
-#define GPT2K_LANES 16
-#include "cpu_lanes.h"
-#include "cpu_gelu_tile.h"
-#include "cpu_linear_tile.h"
-#undef GPT2K_LANES
-#undef GPT2K_SHUFFLE
-}  // namespace avx512_dot
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#if GPT2K_AMX
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                   \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,amx-int8"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,amx-int8")
-#endif
-namespace amx {
-#define GPT2K_LANES 16
-#include "cpu_lanes.h"
-#include "cpu_amx_tile.h"
-#undef GPT2K_LANES
-#undef GPT2K_SHUFFLE
-}  // namespace amx
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif  // GPT2K_AMX
 
 template <class Dot, class T>
 void run_linear(const typename Dot::X* x, int64_t x_stride, const typename Dot::Weight* weight, int64_t weight_stride,

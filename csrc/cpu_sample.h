@@ -9,7 +9,7 @@
 #include <functional>
 #include <vector>
 
-#include "cpu_attention.h"
+#include "cpu_tiles.h"
 
 namespace {
 

@@ -32,6 +32,7 @@ HEADERS = (
     "cpu_amx_tile.h",
     "cpu_attention.h",
     "cpu_attention_tile.h",
+    "cpu_checks.h",
     "cpu_crossentropy_tile.h",
     "cpu_gelu_tile.h",
     "cpu_lanes.h",
@@ -41,6 +42,8 @@ HEADERS = (
     "cpu_linear_tile.h",
     "cpu_sample.h",
     "cpu_sample_tile.h",
+    "cpu_simd.h",
+    "cpu_tiles.h",
 )
 COMPILERS = ("c++", "g++", "clang++")  # after $CXX
 FLAGS = (
