@@ -11,6 +11,7 @@ struct Float32Dot {
   using Weight = float;
   using Sum = Lanes;
   static constexpr int kStep = 16;
+  static constexpr int kSide = 4;  // rows of weight that one row of x meets side by side
   using Mask = __mmask16;
   GPT2K_INLINE __m512i load(const float* p) { return _mm512_loadu_si512(p); }
   GPT2K_INLINE __m512i load(const float* p, Mask mask) { return _mm512_maskz_loadu_epi32(mask, p); }
@@ -25,6 +26,7 @@ struct BFloat16Dot {
   using Weight = BFloat16Bits;
   using Sum = Lanes;
   static constexpr int kStep = 32;
+  static constexpr int kSide = 1;
   using Mask = __mmask32;
   GPT2K_INLINE __m512i load(const BFloat16Bits* p) { return _mm512_loadu_si512(p); }
   GPT2K_INLINE __m512i load(const BFloat16Bits* p, Mask mask) { return _mm512_maskz_loadu_epi16(mask, p); }
@@ -39,6 +41,7 @@ struct Int8Dot {  // VNNI multiplies unsigned by signed: weights are read as w +
   using Weight = int8_t;
   using Sum = IntLanes;
   static constexpr int kStep = 64;
+  static constexpr int kSide = 1;
   using Mask = __mmask64;
   GPT2K_INLINE __m512i load(const int8_t* p) { return _mm512_loadu_si512(p); }
   GPT2K_INLINE __m512i load(const int8_t* p, Mask mask) { return _mm512_maskz_loadu_epi8(mask, p); }
@@ -135,26 +138,39 @@ GPT2K_INLINE void dot_columns(const LinearBlock<typename Dot::X, typename Dot::W
   }
 }
 
-// One row of x, a row of weight after the other: memory is read from one end to the other, which AMD's processors
-// foresee, and Intel's with a word ahead (a fifth of the bandwidth). Sixteen rows side by side cost int8 as much.
-constexpr int kAhead = 4096;  // bytes
+// One row of x: memory is read from one end to the other, in as many streams as measured best, with a word ahead to
+// processors that do not foresee it (a fifth of the bandwidth on an Intel). Sixteen rows side by side cost int8 a fifth
+// on an AMD.
+constexpr int kAhead = 2048;  // bytes
 
 template <class Dot>
 GPT2K_INLINE void dot_row(const LinearBlock<typename Dot::X, typename Dot::Weight>& block, int32_t* sums) {
+  constexpr int kSide = Dot::kSide;
   const auto mask = typename Dot::Mask((uint64_t(1) << block.K % Dot::kStep) - 1);
   for (int col = 0; col < block.cols; col += 16) {
-    typename Dot::Sum tile[16];
+    typename Dot::Sum tile[16] = {};
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      const auto* weight = block.weight + (col + i < block.cols ? col + i : block.cols - 1) * block.weight_stride;
-      typename Dot::Sum sum = {};
+    for (int first = 0; first < 16; first += kSide) {
+      const typename Dot::Weight* weight[kSide];
+      for (int i = 0; i < kSide; ++i) {
+        const int at = col + first + i;
+        weight[i] = block.weight + (at < block.cols ? at : block.cols - 1) * block.weight_stride;
+      }
       int64_t k = 0;
       for (; k + Dot::kStep <= block.K; k += Dot::kStep) {
-        __builtin_prefetch(reinterpret_cast<const char*>(weight + k) + kAhead, 0, 3);
-        sum = Dot::add(sum, Dot::load(block.x + k), Dot::weight(Dot::load(weight + k)));
+        const __m512i x = Dot::load(block.x + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSide; ++i) {
+          __builtin_prefetch(reinterpret_cast<const char*>(weight[i] + k) + kAhead, 0, 3);
+          tile[first + i] = Dot::add(tile[first + i], x, Dot::weight(Dot::load(weight[i] + k)));
+        }
       }
-      if (k < block.K) sum = Dot::add(sum, Dot::load(block.x + k, mask), Dot::weight(Dot::load(weight + k, mask)));
-      tile[i] = sum;
+      if (k == block.K) continue;
+      const __m512i x = Dot::load(block.x + k, mask);
+#pragma GCC unroll 16
+      for (int i = 0; i < kSide; ++i) {
+        tile[first + i] = Dot::add(tile[first + i], x, Dot::weight(Dot::load(weight[i] + k, mask)));
+      }
     }
     const auto folded = sum_each(tile);
     std::memcpy(sums + col, &folded, sizeof(folded));

@@ -27,6 +27,7 @@ namespace {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kMaxInt8K = 65536;  // sums of 255 * 127 fit in 32 bits
+constexpr int64_t kTileRowsInt8 = 4;  // fewer are faster without AMX's tiles; the sums are exact either way
 constexpr int64_t kMaxWindow = int64_t(1) << 40;  // more than any position, and far from overflow
 
 struct RowCopy {  // copies (kv heads, D) of one token; strides in bytes
@@ -553,7 +554,9 @@ void linear_int8_into(const Tensor& x, const Tensor& weight, const Tensor& scale
   to.x_scale = x_scale;
   const int8_t* columns = static_cast<const int8_t*>(weight.const_data_ptr());
 #if GPT2K_AMX
-  if (simd_level_in_use() >= 4) return run_linear_amx(q, K, columns, weight.stride(0), M, K, to);
+  if (simd_level_in_use() >= 4 && M >= kTileRowsInt8) {
+    return run_linear_amx(q, K, columns, weight.stride(0), M, K, to);
+  }
 #endif
   to.x_sum = x_sum;
   run_linear<avx512_dot::Int8Dot>(q, K, columns, weight.stride(0), M, K, to);
