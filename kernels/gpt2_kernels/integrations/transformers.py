@@ -62,12 +62,11 @@ def register() -> None:
 _AND = masking_utils.and_masks().__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _ONE_SEQUENCE = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
-try:
+_REMAPPED: Any = None
+if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # older versions leave distances as in the row
     _REMAPPED = masking_utils.remap_positions_for_packed_sequence(
         masking_utils.causal_mask_function, torch.empty(0)
     ).__code__
-except AttributeError:  # older versions number no positions anew: distances are those in the row
-    _REMAPPED = None
 
 
 class _Pattern(NamedTuple):
