@@ -35,6 +35,17 @@ from benchmarks.results import ROOT, Results
 MARK = "ROW "  # begins each line of a stage's process that is a row; all others are words of libraries
 GRACE = 5.0  # seconds that a stage may be late before it is ended
 
+# Rivals that take many seconds to compile or to run. They come in this order, a round of cases for each, once all else
+# of a stage is on the disk: one that is slower than thought, or hangs, takes nothing from the others.
+SLOW = (
+    "compiled",
+    "flex",
+    "transformers, static cache + compile",
+    "transformers, continuous batching",
+    "transformers",
+    "compiled, max-autotune",
+)
+
 # For compute-sanitizer, which is some fifty times slower than a plain run: each kernel a few times.
 SANITIZED = (
     "test_layernorm.py::test_forward",
@@ -71,14 +82,19 @@ def ceilings(run: Run, end: float) -> Iterator[Row]:
 
 
 def benchmark(module: str) -> Callable[[Run, float], Iterator[Row]]:
-    """The cases of a module, in its order: what matters most comes first in it."""
+    """The cases of a module, in its order: what matters most comes first in it. A slow rival comes in a row of its own
+    beside ours, which `Results.add` puts together with the case's first one."""
 
     def stage(run: Run, end: float) -> Iterator[Row]:
-        for case in importlib.import_module(f"benchmarks.{module}").cases(run):
-            if time.monotonic() > end:
-                yield {"name": case.name, "rivals": {}, "wrong": {}, "not_run": {"all": "the time was up"}}
+        found = list(importlib.import_module(f"benchmarks.{module}").cases(run))
+        turns = [(case, [name for name in case.rivals if name not in SLOW]) for case in found]
+        turns += [(case, ["ours", name]) for name in SLOW for case in found if name in case.rivals]
+        for case, rivals in turns:
+            if time.monotonic() < end:
+                yield measure.without_samples(measure.compare(run, case, rivals, end=end))
             else:
-                yield measure.without_samples(measure.compare(run, case))
+                late = "all" if rivals[-1] not in SLOW else rivals[-1]
+                yield {"name": case.name, "rivals": {}, "wrong": {}, "not_run": {late: measure.LATE}}
 
     return stage
 
@@ -103,8 +119,8 @@ def tests(run: Run, end: float) -> Iterator[Row]:
     files.sort(key=lambda path: path.stem.removeprefix("test_") not in kernels)
     if run.sizes == "tiny":
         files = [ROOT / "tests" / "test_blocks.py"]
-    jobs = max(1, (os.cpu_count() or 1) // 3)
-    yield from _side_by_side(jobs, [(path.name, [sys.executable], [f"tests/{path.name}"], {}) for path in files], end)
+    work = [(path.name, [sys.executable], [f"tests/{path.name}"], {}) for path in files]
+    yield from _side_by_side(_jobs(), work, end)
 
 
 def sanitizer(run: Run, end: float) -> Iterator[Row]:
@@ -113,13 +129,20 @@ def sanitizer(run: Run, end: float) -> Iterator[Row]:
     if tool is None or run.device.type != "cuda":
         yield {"name": "sanitizer", "not_run": {"all": "no compute-sanitizer, or no GPU"}}
         return
+    jobs = _jobs()
+    parts = max(1, jobs // 2)  # of each kind: to import PyTorch takes longer under the tool than most tests
     work = []
-    for test in SANITIZED:
-        for check in ("memcheck", "racecheck"):
+    for check in ("memcheck", "racecheck"):
+        for at in range(parts):
             prefix = [tool, "--tool", check, "--error-exitcode", "9", sys.executable]
-            selection = [f"tests/{test}", "-k", "triton and not float32"]
-            work.append((f"{check} {test}", prefix, selection, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-    yield from _side_by_side(max(1, (os.cpu_count() or 1) // 3), work, end)
+            selection = [*(f"tests/{test}" for test in SANITIZED[at::parts]), "-k", "triton and not float32"]
+            work.append((f"{check} {at + 1} of {parts}", prefix, selection, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    yield from _side_by_side(jobs, work, end)
+
+
+def _jobs() -> int:
+    """Processes that compile kernels side by side: each has a compiler and an assembler at work."""
+    return max(1, (os.cpu_count() or 1) // 2)
 
 
 def _side_by_side(jobs: int, work: list[tuple[str, list[str], list[str], dict[str, str]]], end: float) -> Iterator[Row]:
@@ -132,23 +155,29 @@ def _side_by_side(jobs: int, work: list[tuple[str, list[str], list[str], dict[st
 def _pytest(name: str, prefix: list[str], selection: list[str], environment: dict[str, str], end: float) -> Row:
     left = end - time.monotonic()
     if left <= 0:
-        return {"name": name, "not_run": {"all": "the time was up"}}
+        return {"name": name, "not_run": {"all": measure.LATE}}
     start = time.perf_counter()
-    command = [*prefix, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *selection]
+    command = [*prefix, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *selection]
     clean = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True, timeout=left
         )
-    except subprocess.TimeoutExpired:
-        return {"name": name, "not_run": {"all": f"ended after {left:.0f} s"}}
+    except subprocess.TimeoutExpired as ended:
+        said = (ended.stdout or b"").decode(errors="replace")  # bytes, whatever `text` says
+        verdicts = re.findall(r"^(tests/.*) (PASSED|FAILED|SKIPPED|ERROR)\b", said, re.MULTILINE)
+        row: Row = {"name": name, "seconds": round(left, 1), "ended": "at its limit"}
+        row |= collections.Counter(verdict.lower() for _, verdict in verdicts)
+        if failures := [f"{verdict} {test}" for test, verdict in verdicts if verdict in ("FAILED", "ERROR")]:
+            row |= {"failed": len(failures), "failures": failures[:50]}
+        return row
     lines = done.stdout.splitlines()
     if "No module named pytest" in done.stderr:
         return {"name": name, "not_run": {"all": "pytest is not installed"}}
     counts = {
         what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1] if lines else "")
     }
-    row: Row = {"name": name, "seconds": round(time.perf_counter() - start, 1), **counts}
+    row = {"name": name, "seconds": round(time.perf_counter() - start, 1), **counts}
     if done.returncode not in (0, 5):  # 5: nothing was selected
         row |= {
             "failed": counts.get("failed", 0) + counts.get("error", 0) or 1,
@@ -158,10 +187,11 @@ def _pytest(name: str, prefix: list[str], selection: list[str], environment: dic
     return row
 
 
-# Name -> (stage, share of the time). Measurements first, by what they are worth; tests take what is left over.
+# Name -> (stage, share of the time). Measurements first, by what they are worth; tests take what is left over. Of the
+# first two most is given back, unless the disk is slow.
 STAGES: dict[str, tuple[Callable[[Run, float], Iterable[Row]], float]] = {
-    "environment": (environment, 1),
-    "ceilings": (ceilings, 2),
+    "environment": (environment, 2),
+    "ceilings": (ceilings, 4),
     "paged": (benchmark("bench_paged"), 5),
     "engine": (benchmark("bench_engine"), 16),
     "layernorm": (benchmark("bench_layernorm"), 6),
@@ -172,7 +202,7 @@ STAGES: dict[str, tuple[Callable[[Run, float], Iterable[Row]], float]] = {
     "training": (benchmark("bench_training"), 6),
     "sampling": (benchmark("bench_sampling"), 2),
     "apply": (benchmark("bench_apply"), 2),
-    "host": (host, 1),
+    "host": (host, 3),
     "tuner": (benchmark("tune"), 6),
     "tests": (tests, 14),
     "sanitizer": (sanitizer, 6),
@@ -184,7 +214,7 @@ STAGES: dict[str, tuple[Callable[[Run, float], Iterable[Row]], float]] = {
 
 def stage_process(stage: str, options: argparse.Namespace) -> int:
     """What the process of a stage does: its rows, a line each."""
-    end = time.monotonic() + options.seconds
+    end = options.end
     run = measure.default_run(options.sizes)
     run.ceilings = json.loads(options.ceilings)
     if run.device.type == "cuda":
@@ -203,7 +233,8 @@ def run_stage(
 ) -> str:
     """Runs a stage and hands over its rows as they come; returns what ended it early, or ""."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--stage", stage, "--sizes", options.sizes]
-    command += ["--seconds", f"{seconds:.1f}", "--ceilings", json.dumps(ceilings)]
+    end = time.monotonic() + seconds  # processes of a machine share this clock; starting one takes its time, too
+    command += ["--end", f"{end:.1f}", "--ceilings", json.dumps(ceilings)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -271,7 +302,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="A,B", help=f"stages, by a part of their names: {', '.join(STAGES)}")
     parser.add_argument("--limit", type=_limit, action="append", default=[], metavar="STAGE=SECONDS", help="repeatable")
     parser.add_argument("--sizes", choices=("auto", "gpu", "cpu", "tiny"), default="auto", help="tiny: a dry run")
-    for name, kind in (("--stage", str), ("--seconds", float), ("--ceilings", str)):
+    for name, kind in (("--stage", str), ("--end", float), ("--ceilings", str)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # of the process of a stage
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
@@ -286,7 +317,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.stage:
-        return stage_process(options.stage, options)
+        status = stage_process(options.stage, options)
+        sys.stdout.flush()
+        os._exit(status)  # and no wait for compilers that still try candidates for a rival
     end = time.monotonic() + 60 * options.minutes
     run = measure.default_run(options.sizes)
     kept = Results(options.out, results.device_name(run.device))
@@ -306,8 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
         if stage == "ceilings" and rows:
             reached = {name: value for name, value in rows[0].items() if isinstance(value, float)}
         if stage == "ceilings" and "copy" not in reached:
-            print(f"the ceilings could not be measured, and all else is a share of them: {note}", file=sys.stderr)
-            return 1
+            print(f"the ceilings could not be measured: figures are no shares of them ({note})", file=sys.stderr)
+            bad = True
     print(table(kept.content, options.stages))
     print(f"\n{kept.path} ({kept.path.stat().st_size / 1e3:.0f} kB)")
     return 1 if bad else 0

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ Bind = Callable[
 LIMIT = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-3}
 ROTATED_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}  # several times the last cache of any GPU, of most CPUs
 MOST_SETS = 64
+LATE = "the time was up"
 
 
 class Absent(Exception):
@@ -167,9 +169,13 @@ def _poisoned(call: Call, inputs: Inputs) -> Any:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def compare(run: Run, case: Case, only: Collection[str] | None = None, timed: bool = True) -> Row:
+def compare(
+    run: Run, case: Case, only: Collection[str] | None = None, timed: bool = True, end: float = math.inf
+) -> Row:
     """Checks and times the rivals of a case (those in `only`), in turns. A row says of each either its figures, or in
-    `not_run` why it could not be had, or in `wrong` what is the matter with its result: such a one is not timed."""
+    `not_run` why it could not be had, or in `wrong` what is the matter with its result: such a one is not timed. From
+    `end` (time.monotonic) on no other rival than the first is begun with, so that there is a row of those that are
+    ready."""
     row: Row = {"name": case.name, "rivals": {}, "not_run": {}, "wrong": {}}
     row |= {key: value for key in ("flops", "moved", "units") if (value := getattr(case, key))}
     if case.units:
@@ -181,8 +187,10 @@ def compare(run: Run, case: Case, only: Collection[str] | None = None, timed: bo
     less: dict[str, str] = {}
     with torch.no_grad(), _on_capture_stream(run, case):
         sets = _input_sets(run, case)
-        for name, bind in case.rivals.items():
-            if only is not None and name not in only:
+        chosen = [(name, bind) for name, bind in case.rivals.items() if only is None or name in only]
+        for at, (name, bind) in enumerate(chosen):
+            if at and time.monotonic() > end:
+                row["not_run"][name] = LATE
                 continue
             try:
                 bound = [bind(*inputs) for inputs in sets]
@@ -249,20 +257,19 @@ def _reason(problem: Exception) -> str:
     return f"{type(problem).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def _add_figures(run: Run, case: Case, row: Row, name: str, time: timing.Time, less: timing.Time | None) -> None:
+def _add_figures(run: Run, case: Case, row: Row, name: str, took: timing.Time, less: timing.Time | None) -> None:
     without = less.median if less else 0.0
-    seconds, facts = time.median - without, row["rivals"][name]
-    facts |= {"clock": time.clock, "turns": len(time.samples), "samples": [s - without for s in time.samples]}
+    seconds, facts = took.median - without, row["rivals"][name]
+    facts |= {"clock": took.clock, "turns": len(took.samples), "samples": [s - without for s in took.samples]}
     facts |= {"us": 1e6 * seconds}
-    facts |= {key: 1e6 * (time.percentile(share) - without) for key, share in (("us_low", 0.2), ("us_high", 0.8))}
+    facts |= {key: 1e6 * (took.percentile(share) - without) for key, share in (("us_low", 0.2), ("us_high", 0.8))}
     if seconds <= 0:  # less than the clock can tell
         return
-    if case.flops:
-        facts["tflops"] = case.flops / seconds / 1e12
-        facts["of_matmul"] = case.flops / seconds / run.ceilings["matmul"]
-    if case.moved:
-        facts["gb_s"] = case.moved / seconds / 1e9
-        facts["of_copy"] = case.moved / seconds / run.ceilings["copy"]
+    for work, figure, scale, ceiling in ((case.flops, "tflops", 1e12, "matmul"), (case.moved, "gb_s", 1e9, "copy")):
+        if work:
+            facts[figure] = work / seconds / scale
+            if ceiling in run.ceilings:  # or it could not be measured
+                facts[f"of_{ceiling}"] = work / seconds / run.ceilings[ceiling]
     if case.units:
         facts["per_second"] = case.units / seconds
 

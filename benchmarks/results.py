@@ -115,7 +115,14 @@ class Results:
         self.save()
 
     def add(self, stage: str, row: Row) -> None:
-        self.stages[stage]["rows"].append(row)
+        """A row of a case that has one already brings further rivals, each as fast as it was beside ours then."""
+        rows = self.stages[stage]["rows"]
+        known = next((r for r in rows if r["name"] == row["name"] and "rivals" in r), None)
+        if known is None:
+            rows.append(row)
+        else:
+            for key in ("rivals", "not_run", "wrong", "faster_than"):
+                known[key] = {**row.get(key, {}), **known.get(key, {})}
         self.end(stage)
 
     def end(self, stage: str, note: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,22 @@ def test_figures_follow_from_the_time(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "samples" not in json.dumps(measure.without_samples(row))
 
 
+def test_without_ceilings_there_are_figures_all_the_same(run: Run) -> None:
+    run.ceilings = {}
+    ours = measure.compare(run, case({"ours": torch.sin}, flops=16.0, moved=128.0))["rivals"]["ours"]
+    assert ours["gb_s"] > 0 and ours["tflops"] > 0 and not {"of_copy", "of_matmul"} & ours.keys()
+
+
+def test_once_the_time_is_up_what_is_ready_is_timed(run: Run) -> None:
+    """A rival that took all of it costs the others' figures nothing."""
+    end = time.monotonic() + 0.2
+    rivals = {"ours": lambda x: (time.sleep(0.15), x.sin())[1], "late": torch.sin}
+    row = measure.compare(run, case(rivals), end=end)
+    assert row["rivals"]["ours"]["us"] > 0 and row["not_run"] == {"late": measure.LATE} and not measure.failed(row)
+    row = measure.compare(run, case(rivals), end=0.0)
+    assert set(row["rivals"]) == {"ours"}, "a row that has been begun with has ours"
+
+
 def test_inputs_are_rotated_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.ROTATED_BYTES, "cpu", 1000)
     run = Run(torch.device("cpu"), "cpu", {})
@@ -262,6 +280,33 @@ def test_a_stage_that_hangs_is_ended_and_keeps_its_rows(tmp_path: Path, monkeypa
     assert not marker.exists()
 
 
+def test_slow_rivals_come_once_all_else_is_measured(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a row of its own, so that one that hangs costs nothing; in the file a case has one row."""
+    names = {"a": ["ours", "compiled", "torch", "flex"], "b": ["ours", "flex"], "c": ["ours"]}
+    cases = [dataclasses.replace(case(dict.fromkeys(own, torch.sin)), name=name) for name, own in names.items()]
+    monkeypatch.setattr(gpu.importlib, "import_module", lambda _: types.SimpleNamespace(cases=lambda run: cases))
+    found = list(gpu.benchmark("any")(run, math.inf))
+    seen = [(row["name"], list(row["rivals"])) for row in found]
+    assert seen == [
+        ("a", ["ours", "torch"]), ("b", ["ours"]), ("c", ["ours"]),
+        ("a", ["ours", "compiled"]), ("a", ["ours", "flex"]), ("b", ["ours", "flex"]),
+    ]  # fmt: skip
+    kept = results.Results(tmp_path, "a device")
+    kept.begin("any", "tiny", {}, {})
+    first = found[0]["rivals"]["ours"]["us"]
+    for row in found:
+        kept.add("any", row)
+    rows = results.read(kept.path)["stages"]["any"]["rows"]
+    assert {row["name"]: set(row["rivals"]) for row in rows} == {name: set(own) for name, own in names.items()}
+    assert rows[0]["rivals"]["ours"]["us"] == first and set(rows[0]["faster_than"]) == {"torch", "compiled", "flex"}
+
+    late = list(gpu.benchmark("any")(run, 0.0))
+    assert [row["not_run"] for row in late] == [
+        {name: measure.LATE} for name in ("all", "all", "all", "compiled", "flex", "flex")
+    ]
+    assert not any(measure.failed(row) for row in late)
+
+
 def test_a_stage_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.sys, "executable", script(tmp_path / "python", "echo illegal memory access; exit 3"))
     assert gpu.run_stage("gemm", gpu.parse([]), 5, {}, print) == "exit status 3: illegal memory access"
@@ -275,7 +320,7 @@ def test_time_is_shared_out() -> None:
     assert gpu.limits(["sanitizer"], 77.0, {}) == 77.0
     assert gpu.limits(["tests", "sanitizer"], 100.0, {"tests": 300.0}) == 100.0
     first = gpu.limits(everything, 500.0, {"tests": 200.0})
-    assert first == pytest.approx(300 / (shares - gpu.STAGES["tests"][1]))
+    assert first == pytest.approx(300 * gpu.STAGES["environment"][1] / (shares - gpu.STAGES["tests"][1]))
     assert gpu.limits(everything, 100.0, {"tests": 200.0}) == 0.0
 
 
@@ -309,6 +354,17 @@ def test_a_failing_test_file_is_a_failing_row(tmp_path: Path) -> None:
     row = gpu._pytest("it", [sys.executable], [str(file), "-c", os.devnull], {}, end)
     assert (row["passed"], row["failed"]) == (1, 1) and "test_wrong" in row["failures"][0] and measure.failed(row)
     assert gpu._pytest("it", [sys.executable], [str(file)], {}, 0.0)["not_run"]
+
+
+def test_a_test_file_that_is_ended_says_how_far_it_came(tmp_path: Path) -> None:
+    said = """tests/test_it.py::test_right[a b] PASSED [ 25%]
+tests/test_it.py::test_wrong FAILED [ 50%]
+tests/test_it.py::test_elsewhere SKIPPED (no GPU) [ 75%]
+tests/test_it.py::test_endless """
+    slow = script(tmp_path / "python", f"cat <<'END'\n{said}\nEND\nexec sleep 30")
+    row = gpu._pytest("it", [slow], [], {}, time.monotonic() + 0.5)
+    assert (row["passed"], row["failed"], row["skipped"]) == (1, 1, 1) and measure.failed(row)
+    assert row["failures"] == ["FAILED tests/test_it.py::test_wrong"]
 
 
 def test_every_module_has_a_stage() -> None:
@@ -347,8 +403,8 @@ def absent(x):
 
 def cases(run):
     rivals = {"ours": torch.sin, "wrong": torch.cos, "absent": absent}
-    yield Case("sine", lambda: (torch.rand(9),), {n: forward(f) for n, f in rivals.items()},
-               against(forward(torch.sin)), moved=72.0)
+    yield Case("sine", lambda: (torch.rand(1 << 16, device=run.device),), {n: forward(f) for n, f in rivals.items()},
+               against(forward(torch.sin)), moved=float(1 << 19))
 
 def test_speed(measured):
     assert measured.right, measured.why

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 
 import gpt2_kernels
@@ -232,3 +235,13 @@ def test_float64_is_refused(production: torch.device) -> None:
     ours, _ = pair("gpt2", production)
     with pytest.raises(ValueError, match="attention: dtype of q must be"):
         ours.double()(torch.randint(1, 60, (1, 6), device=production))
+
+
+def test_a_transformers_that_numbers_no_positions_anew() -> None:
+    """Versions up to 5.22 at least have no such function; without our module `apply` fails on every model."""
+    code = (
+        "from transformers import masking_utils as m; vars(m).pop('remap_positions_for_packed_sequence', None); "
+        "import sys; sys.path[:0] = ['kernels']; import gpt2_kernels; gpt2_kernels.integrations.transformers.register()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

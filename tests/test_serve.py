@@ -441,7 +441,7 @@ def test_limits(slow: Slow) -> None:
     limits = Limits(body_bytes=1000, body_seconds=0.3, requests=2, seconds=1.0)
     on = {"ignore_eos": True}
     endless: dict[str, Any] = dict(prompt="a", max_tokens=120) | on
-    slow.pause = 0.05
+    slow.pause = 0.1  # 12 s for 120 tokens, or 1.6 s on a GPU, which makes eight of them a step
     with serving(create_app(slow, "tiny", limits=limits)) as url, client_of(url) as client:
         assert post(url, prompt="a" * 2000)[0] == 413
         with socket.create_connection((url.split("/")[2].split(":")[0], int(url.rsplit(":")[-1])), timeout=300) as one:

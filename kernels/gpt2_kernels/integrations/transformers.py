@@ -62,9 +62,11 @@ def register() -> None:
 _AND = masking_utils.and_masks().__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _ONE_SEQUENCE = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
-_REMAPPED = masking_utils.remap_positions_for_packed_sequence(
-    masking_utils.causal_mask_function, torch.empty(0)
-).__code__
+_REMAPPED: Any = None
+if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # older versions leave distances as in the row
+    _REMAPPED = masking_utils.remap_positions_for_packed_sequence(
+        masking_utils.causal_mask_function, torch.empty(0)
+    ).__code__
 
 
 class _Pattern(NamedTuple):
@@ -88,7 +90,7 @@ def _pattern(function: Callable[..., Any]) -> _Pattern:
         return _Pattern(window=_closed_over(function, "sliding_window"))
     if code is _ONE_SEQUENCE:
         return _Pattern(sequences=_closed_over(function, "packed_sequence_mask"))
-    if code is _REMAPPED:  # positions rise by one in each sequence: distances are those in the row
+    if _REMAPPED and code is _REMAPPED:  # positions rise by one in each sequence: distances are those in the row
         return _pattern(_closed_over(function, "mask_function"))
     if code is _AND:
         parts = [_pattern(part) for part in _closed_over(function, "mask_functions")]
