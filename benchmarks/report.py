@@ -32,8 +32,8 @@ def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
         content = results.read(path)
         for stage, entry in content["stages"].items():
             found[content["device"]][stage] = {**entry, "date": content["date"]}
-    newest_first = sorted(found.items(), key=lambda item: max(stage["date"] for stage in item[1].values()), reverse=True)
-    return dict(sorted(newest_first, key=lambda item: not _is_gpu(item[1])))
+    newest = {device: max(stage["date"] for stage in stages.values()) for device, stages in found.items()}
+    return dict(sorted(found.items(), key=lambda item: (_is_gpu(item[1]), newest[item[0]], item[0]), reverse=True))
 
 
 def _is_gpu(stages: dict[str, dict[str, Any]]) -> bool:

@@ -407,8 +407,10 @@ def recognise(module: nn.Module, proofs: dict[Any, bool]) -> type[Fused] | str |
     kind = type(module)
     found: type[Fused] | str | None = _torch_module(module)
     if found is None and kind.__module__.startswith("transformers."):
-        from gpt2_kernels.integrations import transformers  # it is imported already: here is a module of it
-
+        try:
+            from gpt2_kernels.integrations import transformers  # it is imported already: here is a module of it
+        except ImportError as problem:  # a version that is too old
+            return str(problem) if _sounds_like_ours(module) else None
         found = transformers.recognise(module)
     if found is None and not f"{kind.__module__}.".startswith(_NOT_NANO):
         found = _nano(module, proofs)

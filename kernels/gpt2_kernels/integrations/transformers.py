@@ -27,15 +27,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Model
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.output_capturing import _active_collector  # which outputs the caller asked for
 
 from gpt2_kernels import _check
 from gpt2_kernels.dropin import MAX_HEAD_DIM, Fused, gelu_product, plain
 from gpt2_kernels.fused_attention import attention, attention_varlen
-
-try:  # transformers 5: which outputs the caller asked for
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:
-    _active_collector = None  # type: ignore[assignment]
 
 NAME = "gpt2_kernels"
 OP = 'attn_implementation="gpt2_kernels"'
@@ -324,7 +320,7 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         if kwargs.get(name) is not None:
             _check.fail(OP, f"{name} must be None ({INSTEAD} take it)", type(kwargs[name]).__name__)
     wanted = kwargs.get("output_attentions")
-    if not wanted and _active_collector is not None and not torch.compiler.is_compiling():
+    if not wanted and not torch.compiler.is_compiling():
         wanted = "attentions" in (_active_collector.get() or ())
     if wanted:
         _check.fail(
