@@ -189,6 +189,14 @@ def test_once_the_time_is_up_what_is_ready_is_timed(run: Run) -> None:
     assert set(row["rivals"]) == {"ours"}, "a row that has been begun with has ours"
 
 
+def test_a_time_too_short_for_the_clock_ends_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty replay's time is taken off, and may be all of it."""
+    monkeypatch.setattr(timing, "measure", lambda calls, *_: {name: Time((0.0,) * 3, "device") for name in calls})
+    row = measure.compare(run, case({"ours": torch.sin, "torch": torch.sin}, moved=128.0))
+    assert row["rivals"]["ours"]["us"] == 0 and "of_copy" not in row["rivals"]["ours"] and "faster_than" not in row
+    assert gpu.line(row)
+
+
 def test_inputs_are_rotated_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.ROTATED_BYTES, "cpu", 1000)
     run = Run(torch.device("cpu"), "cpu", {})
