@@ -86,17 +86,29 @@ def benchmark(module: str) -> Callable[[Run, float], Iterator[Row]]:
     beside ours, which `Results.add` puts together with the case's first one."""
 
     def stage(run: Run, end: float) -> Iterator[Row]:
-        found = list(importlib.import_module(f"benchmarks.{module}").cases(run))
-        turns = [(case, [name for name in case.rivals if name not in SLOW]) for case in found]
-        turns += [(case, ["ours", name]) for name in SLOW for case in found if name in case.rivals]
-        for case, rivals in turns:
-            if time.monotonic() < end:
-                yield measure.without_samples(measure.compare(run, case, rivals, end=end))
-            else:
-                late = "all" if rivals[-1] not in SLOW else rivals[-1]
-                yield {"name": case.name, "rivals": {}, "wrong": {}, "not_run": {late: measure.LATE}}
+        found = []
+        for case in importlib.import_module(f"benchmarks.{module}").cases(run):
+            found.append(case)
+            yield _measured(run, case, [name for name in case.rivals if name not in SLOW], end)
+        for name in SLOW:
+            for case in found:
+                if name in case.rivals:
+                    yield _measured(run, case, ["ours", name], end)
 
     return stage
+
+
+def _measured(run: Run, case: measure.Case, rivals: list[str], end: float) -> Row:
+    """The row of a case, whatever becomes of it; a slow rival is the last of `rivals`."""
+    slow = rivals[-1] if rivals[-1] in SLOW else None
+    if time.monotonic() < end:
+        try:
+            return measure.without_samples(measure.compare(run, case, rivals, end=end))
+        except Exception as problem:  # noqa: BLE001 - while it was timed, say: other cases may fare better
+            why = {slow or "ours": measure._reason(problem)}
+    else:
+        why = {slow or "all": measure.LATE}
+    return {"name": case.name, "rivals": {}, "wrong": {}, "not_run": why}
 
 
 def host(run: Run, end: float) -> Iterator[Row]:

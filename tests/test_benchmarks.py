@@ -315,6 +315,23 @@ def test_slow_rivals_come_once_all_else_is_measured(tmp_path: Path, run: Run, mo
     assert not any(measure.failed(row) for row in late)
 
 
+def test_a_case_that_breaks_while_it_is_timed_ends_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(calls: dict, *_: object) -> dict:
+        if "bad" in calls:
+            raise RuntimeError("out of memory")
+        return {name: Time((1.0,) * 3, "device") for name in calls}
+
+    names = ("bad", "flex", "good")
+    cases = [dataclasses.replace(case({"ours": torch.sin, own: torch.sin}), name=own) for own in names]
+    monkeypatch.setattr(gpu.importlib, "import_module", lambda _: types.SimpleNamespace(cases=lambda run: cases))
+    monkeypatch.setattr(timing, "measure", broken)
+    first, *others = gpu.benchmark("any")(run, math.inf)
+    assert first["not_run"] == {"ours": "RuntimeError: out of memory"} and measure.failed(first)
+    assert [(row["name"], list(row["rivals"])) for row in others] == [
+        ("flex", ["ours"]), ("good", ["ours", "good"]), ("flex", ["ours", "flex"]),
+    ]  # fmt: skip
+
+
 def test_a_stage_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.sys, "executable", script(tmp_path / "python", "echo illegal memory access; exit 3"))
     assert gpu.run_stage("gemm", gpu.parse([]), 5, {}, print) == "exit status 3: illegal memory access"
