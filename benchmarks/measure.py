@@ -222,8 +222,7 @@ def compare(
             times = timing.measure(timings, run.device, case.clock, run.seconds, run.turns)
         for name in row["rivals"]:
             _add_figures(run, case, row, name, times[name], times.get(less.get(name, "")))
-        if "ours" in row["rivals"]:
-            ours = row["rivals"]["ours"]["us"]
+        if ours := row["rivals"].get("ours", {}).get("us"):  # 0 is less than the clock can tell
             row["faster_than"] = {n: r["us"] / ours for n, r in row["rivals"].items() if n != "ours"}
     timings.clear()
     sets.clear()

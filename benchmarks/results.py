@@ -122,7 +122,8 @@ class Results:
             rows.append(row)
         else:
             for key in ("rivals", "not_run", "wrong", "faster_than"):
-                known[key] = {**row.get(key, {}), **known.get(key, {})}
+                for name, value in row.get(key, {}).items():
+                    known.setdefault(key, {}).setdefault(name, value)
         self.end(stage)
 
     def end(self, stage: str, note: str = "") -> None:

@@ -189,6 +189,14 @@ def test_once_the_time_is_up_what_is_ready_is_timed(run: Run) -> None:
     assert set(row["rivals"]) == {"ours"}, "a row that has been begun with has ours"
 
 
+def test_a_time_too_short_for_the_clock_ends_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty replay's time is taken off, and may be all of it."""
+    monkeypatch.setattr(timing, "measure", lambda calls, *_: {name: Time((0.0,) * 3, "device") for name in calls})
+    row = measure.compare(run, case({"ours": torch.sin, "torch": torch.sin}, moved=128.0))
+    assert row["rivals"]["ours"]["us"] == 0 and "of_copy" not in row["rivals"]["ours"] and "faster_than" not in row
+    assert gpu.line(row)
+
+
 def test_inputs_are_rotated_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.ROTATED_BYTES, "cpu", 1000)
     run = Run(torch.device("cpu"), "cpu", {})
@@ -305,6 +313,23 @@ def test_slow_rivals_come_once_all_else_is_measured(tmp_path: Path, run: Run, mo
         {name: measure.LATE} for name in ("all", "all", "all", "compiled", "flex", "flex")
     ]
     assert not any(measure.failed(row) for row in late)
+
+
+def test_a_case_that_breaks_while_it_is_timed_ends_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(calls: dict, *_: object) -> dict:
+        if "bad" in calls:
+            raise RuntimeError("out of memory")
+        return {name: Time((1.0,) * 3, "device") for name in calls}
+
+    names = ("bad", "flex", "good")
+    cases = [dataclasses.replace(case({"ours": torch.sin, own: torch.sin}), name=own) for own in names]
+    monkeypatch.setattr(gpu.importlib, "import_module", lambda _: types.SimpleNamespace(cases=lambda run: cases))
+    monkeypatch.setattr(timing, "measure", broken)
+    first, *others = gpu.benchmark("any")(run, math.inf)
+    assert first["not_run"] == {"ours": "RuntimeError: out of memory"} and measure.failed(first)
+    assert [(row["name"], list(row["rivals"])) for row in others] == [
+        ("flex", ["ours"]), ("good", ["ours", "good"]), ("flex", ["ours", "flex"]),
+    ]  # fmt: skip
 
 
 def test_a_stage_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
