@@ -66,7 +66,7 @@ static void pack_group(const Packed& to, int64_t group, const char* x, int64_t x
   }
 }
 
-// Tiles 0-3 are sums, 4 and 5 weights, 6 and 7 packed x, `width` rows of which there are.
+// Tiles 4 and 5 are weights, 6 and 7 packed x, 0-3 sums; the last two kinds are as wide as there are rows of x.
 static void configure(int width) {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -95,12 +95,10 @@ GPT2K_INLINE const char* weights_at(const char* from, int64_t stride, int rows, 
 }
 
 template <class X>
-struct IsInt8 {
-  static constexpr bool value = sizeof(X) == 1;
-};
+constexpr bool kIsInt8 = sizeof(X) == 1;
 
 #define GPT2K_TILE_MULTIPLY(sums, weights, x) \
-  if constexpr (IsInt8<X>::value) {           \
+  if constexpr (kIsInt8<X>) {                 \
     _tile_dpbssd(sums, weights, x);           \
   } else {                                    \
     _tile_dpbf16ps(sums, weights, x);         \
@@ -130,10 +128,11 @@ GPT2K_INLINE void multiply_tiles(const Packed& x, int64_t group, const char* wei
     const char *w0 = weight + k, *w1 = weight + kTileSide * stride + k;
     int64_t w_stride = stride;
     if (tile >= whole) {
+      __asm__ volatile("" : : : "memory");  // the copies before have been loaded
       w0 = weights_at(weight, stride, cols, k, x.row_bytes, copies[0]);
       w1 = weights_at(weight + kTileSide * stride, stride, cols - kTileSide, k, x.row_bytes, copies[1]);
       w_stride = kTileBytes;
-      __asm__ volatile("" : : : "memory");  // the copies are there before they are loaded
+      __asm__ volatile("" : : : "memory");  // these are there
     }
     _tile_loadd(6, x0 + tile * x.tile_bytes(), x_stride);
     _tile_loadd(4, w0, w_stride);

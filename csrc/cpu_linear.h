@@ -34,8 +34,8 @@ void run_linear(const typename Dot::X* x, int64_t x_stride, const typename Dot::
 
 #if GPT2K_AMX
 
-// The same on AMX, with X the type of both factors. Columns of blocks, not rows: the weights of a block stay in a
-// thread's cache while it walks along the rows of x, which are packed once.
+// The same on AMX, with X the type of both factors. The rows of x, packed once, are taken as many at a time as stay in
+// a thread's second cache, and for these the weights are read once.
 template <class X, class T>
 void run_linear_amx(const X* x, int64_t x_stride, const X* weight, int64_t weight_stride, int64_t M, int64_t K,
                     const LinearEpilogue<T>& to) {
@@ -48,11 +48,14 @@ void run_linear_amx(const X* x, int64_t x_stride, const X* weight, int64_t weigh
   });
   const int64_t block_work = std::max<int64_t>(amx::kTileSide, std::min<int64_t>(M, kLinearRows)) * K * kLinearCols;
   const int64_t grain = 1 + (1 << 20) / (block_work + 1);  // as above, of tiles that are never narrower
+  const int64_t together = 1 + (768 << 10) / (kLinearRows * packed.row_bytes + 1);
   torch::stable::parallel_for(0, blocks_m * blocks_n, grain, [&](int64_t begin, int64_t end) {
     alignas(64) int32_t sums[kLinearRows * kLinearCols];
     amx::configure(packed.width);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % blocks_m * kLinearRows, col = i / blocks_m * kLinearCols;
+      const int64_t first = i / (together * blocks_n) * together;  // of the blocks of rows that are taken at a time
+      const int64_t count = std::min(together, blocks_m - first), rest = i - first * blocks_n;
+      const int64_t row = (first + rest % count) * kLinearRows, col = rest / count * kLinearCols;
       const int rows = int(M - row < kLinearRows ? M - row : kLinearRows);
       const int cols = int(to.N - col < kLinearCols ? to.N - col : kLinearCols);
       amx::multiply_block<X>(packed, row, rows, reinterpret_cast<const char*>(weight + col * weight_stride),

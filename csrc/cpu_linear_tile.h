@@ -224,8 +224,8 @@ static void finish_block(const int32_t* sums, const LinearEpilogue<T>& to, int64
   }
 }
 
-// One row of x in int8: its largest magnitude becomes 127. A row with a NaN or infinity gets the scale NaN, and with it
-// every y of that row.
+// One row of x in int8: its largest magnitude becomes 127. A row of nothing larger than 4e-37, whose 127 / largest is
+// no float32, becomes 0; one with a NaN or an infinity gets the scale NaN, and with it every y of that row.
 template <class T>
 static void quantize_row(const T* x, int64_t K, int8_t* q, float* scale, int32_t* sum) {
   const int64_t whole = K / kLanes * kLanes;
@@ -238,7 +238,7 @@ static void quantize_row(const T* x, int64_t K, int8_t* q, float* scale, int32_t
   for (int64_t k = 0; k < whole; k += kLanes) look(load(x + k));
   if (rest > 0) look(load_some(x + whole, rest));
   const float largest = horizontal_max(top) + horizontal_sum(odd);
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const float inverse = largest > 4e-37f ? 127.0f / largest : 0.0f;
   *scale = largest * (1.0f / 127.0f);
   __m512i total = _mm512_setzero_si512();
   const auto round = [&](Lanes v) __attribute__((always_inline)) {  // to nearest, ties to even

@@ -26,8 +26,6 @@
 namespace {
 
 constexpr int kMaxHeadDim = 256;
-constexpr int64_t kMaxInt8K = 65536;  // sums of 255 * 127 fit in 32 bits
-constexpr int64_t kTileRowsInt8 = 4;  // fewer are faster without AMX's tiles; the sums are exact either way
 constexpr int64_t kMaxWindow = int64_t(1) << 40;  // more than any position, and far from overflow
 
 struct RowCopy {  // copies (kv heads, D) of one token; strides in bytes
@@ -468,6 +466,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Te
 
 #if defined(__x86_64__)
 
+constexpr int64_t kMaxInt8K = 65536;  // sums of 255 * 127 fit in 32 bits
+constexpr int64_t kTileRowsInt8 = 4;  // fewer are faster without AMX's tiles; the sums are exact either way
+
 void check_linear(const char* op, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                   const MaybeTensor& residual) {
   check_float(op, "x", x);
@@ -525,7 +526,7 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const M
     const auto* columns = static_cast<const BFloat16Bits*>(weight.const_data_ptr());
     const auto to = epilogue<BFloat16Bits>(bias, residual, kept, y, activation);
 #if GPT2K_AMX
-    if (simd_level_in_use() >= 4) {
+    if (amx_in_use()) {
       run_linear_amx(rows, x.stride(0), columns, weight.stride(0), M, K, to);
       return {y, pre};
     }
@@ -554,7 +555,7 @@ void linear_int8_into(const Tensor& x, const Tensor& weight, const Tensor& scale
   to.x_scale = x_scale;
   const int8_t* columns = static_cast<const int8_t*>(weight.const_data_ptr());
 #if GPT2K_AMX
-  if (simd_level_in_use() >= 4 && M >= kTileRowsInt8) {
+  if (M >= kTileRowsInt8 && amx_in_use()) {
     return run_linear_amx(q, K, columns, weight.stride(0), M, K, to);
   }
 #endif
@@ -658,7 +659,7 @@ Tensor paged_layer_(const Tensor& x, const std::vector<Tensor> weights, const st
 // 2 AVX-512, 3 with BF16 and VNNI, 4 with AMX too).
 int64_t simd_level(int64_t limit) {
   simd_limit.store(int(limit < 0 ? 0 : limit > 4 ? 4 : limit));
-  return simd_level_in_use();
+  return amx_in_use() ? 4 : simd_level_in_use();
 }
 
 }  // namespace

@@ -69,7 +69,8 @@ template <int N>
 using MakeInts = typename MakeIntsFrom<N>::Type;  // 0, 1 ... N - 1
 
 #if GPT2K_AMX
-// Whether the CPU multiplies tiles of bfloat16 and int8, and Linux lets this process hold them, which it must be asked.
+// Whether the CPU multiplies tiles of bfloat16 and int8, and Linux lets this process hold them, which it must be asked:
+// by products alone, since from then on each thread's signal stack has to have room for the tiles.
 bool detect_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTile | kInt8;
@@ -84,11 +85,7 @@ int detect_simd_level() {
   __builtin_cpu_init();  // some runtimes of clang's do not fill it in by themselves
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return 2;
-#if GPT2K_AMX
-    if (detect_amx()) return 4;
-#endif
-    return 3;
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
@@ -97,11 +94,23 @@ int detect_simd_level() {
 
 std::atomic<int> simd_limit{4};
 
-int simd_level_in_use() {
+int simd_level_in_use() {  // for all but products
   static const int detected = detect_simd_level();
   const int limit = simd_limit.load(std::memory_order_relaxed);
   return detected < limit ? detected : limit;
 }
+
+bool amx_in_use() {
+#if GPT2K_AMX
+  if (simd_limit.load(std::memory_order_relaxed) < 4 || simd_level_in_use() < 3) return false;
+  static const bool detected = detect_amx();
+  return detected;
+#else
+  return false;
+#endif
+}
+
+#if defined(__x86_64__)
 
 // Of the innermost cache for data.
 int64_t inner_cache_bytes() {
@@ -111,5 +120,7 @@ int64_t inner_cache_bytes() {
 #endif
   return 32 << 10;
 }
+
+#endif  // __x86_64__
 
 }  // namespace

@@ -240,11 +240,14 @@ def test_float64_is_refused(production: torch.device) -> None:
 @pytest.mark.parametrize("version", ["4.57.6", "5.3.0"])
 def test_an_older_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `register`; `apply` leaves the modules of transformers, says why, and takes all others."""
-    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.delitem(sys.modules, "gpt2_kernels.integrations.transformers", raising=False)
     monkeypatch.delattr(gpt2_kernels.integrations, "transformers", raising=False)
     message = f"transformers must be 5.4 or later, got {version}"
     with pytest.raises(ImportError, match=message):
         gpt2_kernels.integrations.transformers.register()
+    with pytest.raises(ImportError, match=message):
+        from gpt2_kernels.integrations.transformers import register  # noqa: F401
     report = gpt2_kernels.apply(transformers.GPT2LMHeadModel(MODELS["gpt2"]())).report
     assert report.kept["transformer.h.0.attn"] == report.kept["transformer.h.0.mlp"] == f"gpt2_kernels: {message}"
     assert "transformer.h.0.ln_1" in report.replaced

@@ -421,9 +421,11 @@ def test_linear_agrees_with_float64(product_ops, dtype, M, K, N):
         y, kept = product_ops.linear(x, weight, bias, residual, kind, True)
         assert relative_error(y, after + residual.double()) <= limit, name
         assert relative_error(kept, pre) <= limit, name
-    wide = torch.randn(M, 2 * K).to(dtype)[:, :K]  # rows of x further apart
-    y, kept = product_ops.linear(wide, weight, None, None, 0, False)
-    assert relative_error(y, wide.double() @ weight.double().T) <= limit and kept.shape == (0, N)
+    # rows further apart, with nothing between them that may be read
+    apart, weights_apart = (torch.full((len(t), K + 37), math.nan, dtype=dtype)[:, :K] for t in (x, weight))
+    apart.copy_(x), weights_apart.copy_(weight)
+    y, kept = product_ops.linear(apart, weights_apart, None, None, 0, False)
+    assert relative_error(y, x.double() @ weight.double().T) <= limit and kept.shape == (0, N)
 
 
 @needs_products
@@ -440,6 +442,8 @@ def test_int8_products_are_exact(product_ops, dtype):
         truth = (rounded.double() @ weight.double().T) * (largest.double() / 127 * scale.double())
         limit = 4e-6 if dtype == torch.float32 else 2**-8
         assert relative_error(y, truth + bias.double() + residual.double()) <= limit, (M, K, N)
+        spread = torch.full((N, K + 37), 127, dtype=torch.int8)[:, :K]  # rows further apart
+        assert torch.equal(product_ops.linear_int8(x, spread.copy_(weight), scale, bias, residual, 0), y)
     # the largest sums there are: none of them wraps or saturates
     for value in (-128, 127):
         x, weight = torch.ones(3, 65536, dtype=dtype), torch.full((20, 65536), value, dtype=torch.int8)
@@ -453,6 +457,7 @@ def test_int8_products_are_exact(product_ops, dtype):
 def test_rows_of_products_have_the_same_bits_in_any_company(product_ops, dtype, K):
     x, weight, bias, residual = product_inputs(70, K, 200, torch.bfloat16 if dtype == torch.int8 else dtype)
     scale = torch.rand(200)
+    x[1], x[3], x[12] = x[1] * 1e-38, x[3] * 1e-37, 0.0  # 127 / largest overflows
 
     def product(first: int, last: int) -> Tensor:
         some, other = x[first:last], residual[first:last]
@@ -466,6 +471,19 @@ def test_rows_of_products_have_the_same_bits_in_any_company(product_ops, dtype, 
             assert torch.equal(product(first, first + rows), whole[first : first + rows]), (rows, first)
     torch.set_num_threads(2)
     assert torch.equal(product(0, 70), whole), "the number of threads matters"
+
+
+@needs_products
+def test_amx_is_used(ops):
+    """Its sums of bfloat16 are added in another order, so that some bits differ; those of int8 are exact."""
+    if ops.simd_level(ALL_LEVELS) != ALL_LEVELS:
+        pytest.skip("the machine has no AMX")
+    x, weight, bias, residual = product_inputs(64, 3072, 2000, torch.bfloat16)
+    q, scale = reference.quantize(weight.float())
+    tiles = ops.linear(x, weight, bias, residual, 0, False)[0], ops.linear_int8(x, q, scale, bias, residual, 0)
+    ops.simd_level(DOT_PRODUCTS)
+    dots = ops.linear(x, weight, bias, residual, 0, False)[0], ops.linear_int8(x, q, scale, bias, residual, 0)
+    assert not torch.equal(tiles[0], dots[0]) and torch.equal(tiles[1], dots[1])
 
 
 @needs_products
@@ -706,6 +724,10 @@ class Machine:
 
     def libraries(self) -> list[Path]:
         return sorted((self.cache / "gpt2_kernels").iterdir())
+
+
+def test_every_header_is_part_of_the_key():
+    assert sorted(_native.HEADERS) == sorted(path.name for path in _native._source_directory().glob("*.h"))
 
 
 @needs_compiler

@@ -173,15 +173,27 @@ def _dot_products() -> bool:
     return _native.ops().simd_level(ALL_INSTRUCTIONS) >= DOT_PRODUCTS
 
 
+@functools.cache
+def _amx() -> bool:
+    """Whether the CPU has AMX, by PyTorch, whose oneDNN then multiplies bfloat16 there."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def _amx_is_compiled() -> bool:
+    """Whether the compiled extension uses it: its compiler may be too old, or the system refuse it."""
+    return _native.ops().simd_level(ALL_INSTRUCTIONS) == ALL_INSTRUCTIONS
+
+
 def native_products(x: torch.Tensor) -> bool:
     """Whether products of `x` with weights of its dtype go to the compiled extension."""
-    return native(x) and _dot_products()
+    return native(x) and _dot_products() and (x.dtype == torch.float32 or not _amx() or _amx_is_compiled())
 
 
 def multiplies(x: torch.Tensor) -> bool:
     """Whether the CPU multiplies the dtype of `x` itself, so that PyTorch's products of it are fast."""
     if x.dtype == torch.bfloat16:
-        return native_products(x)
+        return _amx() or native_products(x)
     return x.dtype in (torch.float32, torch.float64)
 
 
@@ -219,7 +231,7 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     if not native(torch.empty(0, dtype=dtype)):
         return f"PyTorch ({_native.status()})"
     if OPS[op] == "products" and not native_products(torch.empty(0, dtype=dtype)):
-        return "PyTorch (no AVX-512 with BF16 and VNNI)"
+        return "PyTorch (AMX)" if _dot_products() else "PyTorch (no AVX-512 with BF16 and VNNI)"
     return "compiled C++"
 
 

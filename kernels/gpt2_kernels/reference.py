@@ -311,11 +311,12 @@ def linear(
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, K) float32 in int8, and the scale of each row (M, 1): its largest magnitude becomes 127.
 
-    A row of zeros stays so; one with a NaN or an infinity gets the scale NaN.
+    A row of nothing larger than 4e-37, whose 127 / largest is no float32, becomes 0; one with a NaN or an infinity gets
+    the scale NaN.
     """
     largest = x.abs().amax(dim=1, keepdim=True)
     largest = largest + (largest - largest)  # infinity becomes NaN
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    inverse = torch.where(largest > 4e-37, 127.0 / largest, 0.0)
     rounded = (x * inverse).round().nan_to_num(0.0, 127.0, -127.0).clamp(-128, 127).to(torch.int8)
     return rounded, largest * (1.0 / 127.0)
 

@@ -15,12 +15,21 @@ generation may give one to the model again, as it does with a static cache; nobo
 
 from __future__ import annotations
 
+# ruff: noqa: E402 (the version is looked at before what older ones do not have is imported)
 import copy
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
+
+# Before it GPT-2 hands its attention function no scale, which would be lost in silence, and masks have other functions.
+OLDEST = (5, 4)
+if tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:2]) < OLDEST:
+    raise ImportError(f"gpt2_kernels: transformers must be 5.4 or later, got {transformers.__version__}")
+
 from transformers import masking_utils
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
