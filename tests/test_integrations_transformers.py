@@ -240,7 +240,7 @@ def test_float64_is_refused(production: torch.device) -> None:
 @pytest.mark.parametrize("version", ["4.57.6", "5.3.0"])
 def test_an_older_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `register`; `apply` leaves the modules of transformers, says why, and takes all others."""
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     monkeypatch.delitem(sys.modules, "gpt2_kernels.integrations.transformers", raising=False)
     monkeypatch.delattr(gpt2_kernels.integrations, "transformers", raising=False)
     message = f"transformers must be 5.4 or later, got {version}"
