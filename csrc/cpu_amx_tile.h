@@ -48,13 +48,16 @@ GPT2K_INLINE void transpose(Lanes (&rows)[kLanes]) {
   if constexpr (STEP > 1) transpose<STEP / 2>(rows);
 }
 
+GPT2K_INLINE __mmask64 first_bytes(int64_t count) {  // of a row of a tile, all of them where there are more
+  return count < kTileBytes ? (__mmask64(1) << count) - 1 : ~__mmask64(0);
+}
+
 static void pack_group(const Packed& to, int64_t group, const char* x, int64_t x_stride) {
   const int64_t first = group * kTileSide;
   const int rows = int(to.rows - first < kTileSide ? to.rows - first : kTileSide);
   char* target = to.group(group);
   for (int64_t k = 0; k < to.row_bytes; k += kTileBytes, target += to.tile_bytes()) {
-    const int64_t rest = to.row_bytes - k;
-    const __mmask64 mask = rest < kTileBytes ? (__mmask64(1) << rest) - 1 : ~__mmask64(0);
+    const __mmask64 mask = first_bytes(to.row_bytes - k);
     Lanes tile[kTileSide] = {};
     for (int row = 0; row < rows; ++row) {
       tile[row] = (Lanes)_mm512_maskz_loadu_epi8(mask, x + (first + row) * x_stride + k);
@@ -88,7 +91,7 @@ GPT2K_INLINE const char* weights_at(const char* from, int64_t stride, int rows, 
                                     char* copy) {
   for (int row = 0; row < kTileSide; ++row) {
     const bool there = row < rows;
-    const __mmask64 mask = !there ? 0 : bytes - k < kTileBytes ? (__mmask64(1) << (bytes - k)) - 1 : ~__mmask64(0);
+    const __mmask64 mask = there ? first_bytes(bytes - k) : 0;
     _mm512_storeu_si512(copy + row * kTileBytes, _mm512_maskz_loadu_epi8(mask, there ? from + row * stride + k : from));
   }
   return copy;

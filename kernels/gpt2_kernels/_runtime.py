@@ -168,9 +168,10 @@ def native_indices(tensor: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _dot_products() -> bool:
-    """Whether the CPU multiplies bfloat16 and int8 in the compiled extension: AVX-512 with BF16 and VNNI."""
-    return _native.ops().simd_level(ALL_INSTRUCTIONS) >= DOT_PRODUCTS
+def _simd_level() -> int:
+    """What the compiled extension uses of the CPU's instructions. Its compiler may be too old for AMX, or the system
+    refuse it."""
+    return _native.ops().simd_level(ALL_INSTRUCTIONS)
 
 
 @functools.cache
@@ -179,15 +180,11 @@ def _amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-@functools.cache
-def _amx_is_compiled() -> bool:
-    """Whether the compiled extension uses it: its compiler may be too old, or the system refuse it."""
-    return _native.ops().simd_level(ALL_INSTRUCTIONS) == ALL_INSTRUCTIONS
-
-
 def native_products(x: torch.Tensor) -> bool:
     """Whether products of `x` with weights of its dtype go to the compiled extension."""
-    return native(x) and _dot_products() and (x.dtype == torch.float32 or not _amx() or _amx_is_compiled())
+    if not native(x) or _simd_level() < DOT_PRODUCTS:
+        return False
+    return x.dtype == torch.float32 or _simd_level() == ALL_INSTRUCTIONS or not _amx()
 
 
 def multiplies(x: torch.Tensor) -> bool:
@@ -231,7 +228,7 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     if not native(torch.empty(0, dtype=dtype)):
         return f"PyTorch ({_native.status()})"
     if OPS[op] == "products" and not native_products(torch.empty(0, dtype=dtype)):
-        return "PyTorch (AMX)" if _dot_products() else "PyTorch (no AVX-512 with BF16 and VNNI)"
+        return "PyTorch (AMX)" if _simd_level() >= DOT_PRODUCTS else "PyTorch (no AVX-512 with BF16 and VNNI)"
     return "compiled C++"
 
 
