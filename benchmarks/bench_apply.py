@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import gpt2_kernels
-from benchmarks.measure import Case, Run, against, both, forward
+from benchmarks.measure import Bind, Case, Run, against, forward
+from benchmarks.timing import Call
 
 WIDTH, HEADS = 768, 12
 
@@ -51,6 +52,25 @@ def modules(width: int, heads: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
     return found
 
 
+def training(module: nn.Module, call: Callable[[Tensor], Tensor]) -> Bind:
+    """Forward and backward as in a training step: gradients of the input and of every parameter, left in .grad."""
+    parameters = list(module.parameters())
+
+    def bind(x: Tensor, grad: Tensor) -> Call:
+        leaves = [x.detach().requires_grad_(), *parameters]
+
+        def step() -> list[Tensor | None]:
+            for leaf in leaves:
+                leaf.grad = None
+            with torch.enable_grad():
+                call(leaves[0]).backward(grad)
+            return [leaf.grad for leaf in leaves]
+
+        return step
+
+    return bind
+
+
 def cases(run: Run) -> Iterator[Case]:
     width, heads = run.pick((WIDTH, HEADS), (WIDTH, HEADS), (32, 2))
     B, T = 1, 8
@@ -59,23 +79,22 @@ def cases(run: Run) -> Iterator[Case]:
         built = modules(width, heads)
     for name, (module, call_of) in built.items():
         plain = module.to(run.device, run.dtype)
-        exact = call_of(copy.deepcopy(module).double())
+        exact = copy.deepcopy(module).double()
         fused = copy.deepcopy(plain)
         assert gpt2_kernels.apply(fused).report.replaced, name
         read = sum(p.numel() * p.element_size() for p in plain.parameters())
-        for direction, bind in (("forward", forward), ("forward and backward", both)):
-            training = direction != "forward"
+        for direction in ("forward", "forward and backward"):
+            inputs = 1 if direction == "forward" else 2  # x, and the gradient of the result
 
-            def make(training: bool = training) -> tuple[Tensor, ...]:
-                x = run.random(B, T, width)
-                return (x, run.random(B, T, width)) if training else (x,)
+            def bind(module: nn.Module, call_of: Any = call_of, alone: bool = inputs == 1) -> Bind:
+                return forward(call_of(module)) if alone else training(module, call_of(module))
 
             yield Case(
                 name=f"apply {name} {direction} {B}x{T}x{width}",
-                make=make,
-                rivals={"ours": bind(call_of(fused)), "torch": bind(call_of(plain))},
+                make=lambda inputs=inputs: tuple(run.random(B, T, width) for _ in range(inputs)),  # type: ignore[misc]
+                rivals={"ours": bind(fused), "torch": bind(plain)},
                 check=against(bind(exact)),
-                moved=float(read * (3 if training else 1)),
+                moved=float(read * (1 if inputs == 1 else 3)),  # read twice, and their gradients written
                 clock="wall",
             )
 

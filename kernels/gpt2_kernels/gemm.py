@@ -359,9 +359,17 @@ register(
 OPS["gelu_mlp"] = "products"  # two of them
 
 
-def _parameter_gradients(ctx: Any, at: int, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dweight = dy^T x and dbias, where inputs `at` and `at` + 1 of the function want them; added in float32."""
-    dweight = dy.T @ x if ctx.needs_input_grad[at] else None
+def _parameter_gradients(
+    ctx: Any, at: int, dy: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """dweight = dy^T x and dbias, where inputs `at` and `at` + 1 of the function want them; added in float32.
+
+    dweight lies as the weight does: one that lies (K, N), as transformers' GPT-2 keeps it, would have the other order
+    copied, element by element, into its .grad.
+    """
+    dweight = None
+    if ctx.needs_input_grad[at]:
+        dweight = (x.T @ dy).T if weight.stride(0) == 1 and weight.stride(1) != 1 else dy.T @ x
     dbias = dy.sum(0, dtype=reference.wide(dy[:0]).dtype).to(dy.dtype) if ctx.needs_input_grad[at + 1] else None
     return dweight, dbias
 
@@ -393,7 +401,7 @@ class _Linear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.gpt2_kernels.linear_backward(dy, weight, None, "", batch_invariant).view(x.shape)
-        dweight, dbias = _parameter_gradients(ctx, 1, dy, _check.as_rows(x))
+        dweight, dbias = _parameter_gradients(ctx, 1, dy, _check.as_rows(x), weight)
         return dx, dweight, dbias, grad if ctx.needs_input_grad[3] else None, None, None
 
 
@@ -426,10 +434,10 @@ class _GeluMLP(torch.autograd.Function):
         dx = dw1 = db1 = None
         if any(ctx.needs_input_grad[:3]):
             dpre = torch.ops.gpt2_kernels.linear_backward(dy, w2, pre, activation, batch_invariant)
-            dw1, db1 = _parameter_gradients(ctx, 1, dpre, _check.as_rows(x))
+            dw1, db1 = _parameter_gradients(ctx, 1, dpre, _check.as_rows(x), w1)
             if ctx.needs_input_grad[0]:
                 dx = torch.ops.gpt2_kernels.linear_backward(dpre, w1, None, "", batch_invariant).view(x.shape)
-        dw2, db2 = _parameter_gradients(ctx, 3, dy, _check.as_rows(hidden))
+        dw2, db2 = _parameter_gradients(ctx, 3, dy, _check.as_rows(hidden), w2)
         return dx, dw1, db1, dw2, db2, grad if ctx.needs_input_grad[5] else None, None, None
 
 
