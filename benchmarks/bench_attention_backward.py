@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
 
 import gpt2_kernels as ops
 from benchmarks import peers
@@ -20,6 +23,20 @@ def cases(run: Run) -> Iterator[Case]:
             flops=5.0 * B * H * T * T * D,
             moved=8.0 * B * T * H * D * run.dtype.itemsize,  # q, k, v, out, its gradient; dq, dk, dv
         )
+    B, T, H = shapes(run)[0]
+    yield Case(
+        name=name_of(run, "attention_qkvpacked backward", B, T, H),
+        make=lambda: (run.random(B, T, 3, H, D), run.random(B, T, H, D)),
+        rivals={"ours": backward(ops.attention_qkvpacked), "parts put together": backward(_parts(ops.attention))},
+        check=against(backward(_parts(plain)), two_heads),
+        flops=5.0 * B * H * T * T * D,
+        moved=8.0 * B * T * H * D * run.dtype.itemsize,
+    )
+
+
+def _parts(attention: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    """Of the three parts of one projection; autograd makes one gradient of theirs."""
+    return lambda qkv: attention(*qkv.unbind(2))
 
 
 def test_speed(measured) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gpt2_kernels as ops
 from gpt2.config import GPT2Config
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (..., H, D) -> (..., H, D)
+Attend = Callable[[Tensor], Tensor]  # qkv (..., 3, H, D) -> (..., H, D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
         qkv = linear(self.c_attn, x, batch_invariant).unflatten(-1, self.heads)  # (..., 3, H, D)
-        q, k, v = qkv.unbind(-3)  # three views, no copy
-        return linear(self.c_proj, attend(q, k, v).flatten(-2), batch_invariant, residual=residual)
+        return linear(self.c_proj, attend(qkv).flatten(-2), batch_invariant, residual=residual)
 
 
 class MLP(nn.Module):
@@ -110,8 +109,9 @@ def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def attend_paged(q: Tensor, k: Tensor, v: Tensor, *, batch: PagedBatch, cache: LayerCache, scale: float) -> Tensor:
+def attend_paged(qkv: Tensor, *, batch: PagedBatch, cache: LayerCache, scale: float) -> Tensor:
     """Attention (N, H, D) over what the cache holds, with keys and values of the new tokens written to it first."""
+    q, k, v = qkv.unbind(-3)  # three views, no copy
     scales: dict[str, Any] = {}
     if cache.key_scale is not None:
         scales = {"k_scale": cache.key_scale, "v_scale": cache.value_scale}

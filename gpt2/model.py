@@ -116,10 +116,10 @@ class GPT2(nn.Module):
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer, scale: float = scale) -> Tensor:
-                y = ops.attention(q, k, v, scale=scale, return_lse=watch is not None)
+            def attend(qkv: Tensor, layer: int = layer, scale: float = scale) -> Tensor:
+                y = ops.attention_qkvpacked(qkv, scale=scale, return_lse=watch is not None)
                 if watch is not None:
-                    watch(layer, q, k, scale, y[1])
+                    watch(layer, qkv[:, :, 0], qkv[:, :, 1], scale, y[1])
                 return y if isinstance(y, Tensor) else y[0]
 
             x = block(x, attend, batch_invariant)
@@ -142,7 +142,8 @@ class GPT2(nn.Module):
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = scale) -> Tensor:
+            def attend(qkv: Tensor, scale: float = scale) -> Tensor:
+                q, k, v = qkv.unbind(1)
                 y = ops.attention_varlen(q, k, v, *packing, scale=scale)
                 return y if isinstance(y, Tensor) else y[0]
 

@@ -181,8 +181,7 @@ def _attend(
     linear = functools.partial(ops.linear, batch_invariant=batch_invariant)
     weight, bias = _mine(module.c_attn.weight), _mine(module.c_attn.bias)  # (3, h, D, C), (3, h, D)
     qkv = linear(x, weight.flatten(0, 2), bias.flatten()).unflatten(-1, weight.shape[:3])
-    q, k, v = qkv.unbind(-3)
-    y = linear(attend(q, k, v).flatten(-2), _mine(module.c_proj.weight).flatten(1))
+    y = linear(attend(qkv).flatten(-2), _mine(module.c_proj.weight).flatten(1))
     return _added(y, mesh) + module.c_proj.bias + residual
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from layouts import GRADIENT_LAYOUTS, LAYOUTS, in_layout
 from test_fused_attention import CASES, FAR, Case, call, inputs, torch_attention
 from tolerance import assert_accurate, wide
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2_kernels as ops
 
@@ -116,6 +119,37 @@ def test_gradients_have_the_same_bits_each_time_and_alone(path: torch.device) ->
         one = [t.detach()[1:2].requires_grad_() for t in leaves]
         alone = torch.autograd.grad(ops.attention(*one), one, grad[1:2])
         assert all(torch.equal(a[1:2], b) for a, b in zip(first, alone))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "columns sliced", "transposed", "last axis strided"])
+@pytest.mark.parametrize("options", [{}, {"causal": False, "scale": 0.3}, {"window": 9}, {"dropout_p": 0.3}], ids=str)
+def test_one_projection(path: torch.device, options: dict[str, Any], layout: str) -> None:
+    """The same bits as its three parts apart, out, logsumexp and gradient; and nothing puts the gradient together."""
+    qkv = in_layout(torch.randn(2, 35, 3, 2, 24, device=path), layout).detach().requires_grad_()
+    grads = torch.randn(2, 35, 2, 24, device=path), torch.randn(2, 2, 35, device=path)
+    torch.manual_seed(2)
+    apart = ops.attention(*qkv.unbind(2), return_lse=True, **options)
+    torch.manual_seed(2)
+    packed = ops.attention_qkvpacked(qkv, return_lse=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(apart, packed))
+    for used in ((0,), (1,), (0, 1)):  # either result alone, and both
+        results = [[pair[i] for i in used] for pair in (apart, packed)]
+        (expected,) = torch.autograd.grad(results[0], qkv, [grads[i] for i in used], retain_graph=True)
+        with _Called() as called:
+            (found,) = torch.autograd.grad(results[1], qkv, [grads[i] for i in used], retain_graph=True)
+        assert torch.equal(found, expected)
+        assert "gpt2_kernels.attention_qkvpacked_backward.default" in called.names
+        assert not any("stack" in name or "cat" in name or "copy" in name for name in called.names), called.names
+
+
+class _Called(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @FAR

@@ -11,7 +11,15 @@ from tolerance import assert_accurate, wide
 from torch import Tensor
 
 import gpt2_kernels as ops
-from gpt2_kernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from gpt2_kernels.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 
 
 def seen(Tq: int, Tk: int, causal: bool, window: tuple[int, int]) -> Tensor:
@@ -89,6 +97,33 @@ def test_varlen(path: torch.device, name: str) -> None:
         torch.testing.assert_close(lse[:, rows].double(), true_lse[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_packed_is_the_same_as_apart(path: torch.device, name: str) -> None:
+    """Results, logsumexp and gradients, bit for bit."""
+    options = {"return_attn_probs": True, **CASES[name]}
+    qkv = torch.randn(2, 9, 3, 2, 16, device=path, requires_grad=True)
+    q, kv = qkv[:, :, 0], qkv[:, :, 1:]
+    flat, cu = qkv.flatten(0, 1), torch.tensor([0, 5, 18], dtype=torch.int32, device=path)
+    apart = flash_attn_func(*qkv.unbind(2), **options)
+    varlen = flash_attn_varlen_func(*flat.unbind(1), cu, cu, 13, 13, **options)
+    for found, expected in (
+        (flash_attn_qkvpacked_func(qkv, **options), apart),
+        (flash_attn_kvpacked_func(q, kv, **options), apart),
+        (flash_attn_varlen_qkvpacked_func(flat, cu, 13, **options), varlen),
+        (flash_attn_varlen_kvpacked_func(flat[:, 0], flat[:, 1:], cu, cu, 13, 13, **options), varlen),
+    ):
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[2] is None
+        grad = torch.randn_like(found[0])
+        ours, theirs = (torch.autograd.grad(out[0], qkv, grad, retain_graph=True)[0] for out in (found, expected))
+        assert torch.equal(ours, theirs)
+    with pytest.raises(
+        ValueError, match=r"flash_attn_kvpacked_func: kv must be \(B, Tk, 2, Hkv, D\) = \(2, 9, 2, 2, 16"
+    ):
+        flash_attn_kvpacked_func(q, qkv)
+    with pytest.raises(ValueError, match=r"flash_attn_varlen_qkvpacked_func: qkv must be \(N, 3, H, D\), got"):
+        flash_attn_varlen_qkvpacked_func(qkv, cu, 13)
+
+
 def test_dropout_is_honoured(path: torch.device) -> None:
     q, k, v = torch.randn(3, 1, 9, 2, 16, device=path)
     cu = torch.tensor([0, 9], dtype=torch.int32, device=path)
@@ -153,6 +188,13 @@ def test_signatures_are_flash_attns() -> None:
     assert names["flash_attn_func"] == ["q", "k", "v", *last]
     packing = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k".split()
     assert names["flash_attn_varlen_func"] == ["q", "k", "v", *packing, *last, "block_table"]
+    for function, first in (
+        (flash_attn_qkvpacked_func, ["qkv"]),
+        (flash_attn_kvpacked_func, ["q", "kv"]),
+        (flash_attn_varlen_qkvpacked_func, ["qkv", "cu_seqlens", "max_seqlen"]),
+        (flash_attn_varlen_kvpacked_func, ["q", "kv", *packing]),
+    ):
+        assert list(inspect.signature(function).parameters) == [*first, *last]
     assert (
         list(inspect.signature(flash_attn_with_kvcache).parameters)
         == (

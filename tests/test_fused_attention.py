@@ -299,6 +299,11 @@ def test_opcheck(path: torch.device) -> None:
     out, lse = torch.ops.gpt2_kernels.attention(q, k, v, *options)
     backward = torch.ops.gpt2_kernels.attention_backward.default
     opcheck(backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *options))
+    qkv = torch.randn(1, 20, 3, 2, 16, device=path)
+    out, lse = torch.ops.gpt2_kernels.attention(*qkv.unbind(2), None, None, 20, 20, True, 0.25, 0, 0.0, None)
+    options = (True, 0.25, 0, 0.0, None)
+    packed = torch.ops.gpt2_kernels.attention_qkvpacked_backward.default
+    opcheck(packed, (torch.randn_like(out), torch.randn_like(lse), qkv, out, lse, *options))
     cu = (
         torch.tensor([0, 4, 20], dtype=torch.int32, device=path),
         torch.tensor([0, 9, 24], dtype=torch.int32, device=path),
@@ -306,7 +311,7 @@ def test_opcheck(path: torch.device) -> None:
     opcheck(torch.ops.gpt2_kernels.attention.default, (q, k, v, *cu, 16, 15, True, 0.25, 7, 0.0, None))
 
 
-@pytest.mark.parametrize("variant", ["dense", "dropout", "packed", "one tensor for all"])
+@pytest.mark.parametrize("variant", ["dense", "dropout", "packed", "one projection", "one tensor for all"])
 def test_compile(path: torch.device, variant: str) -> None:
     leaves = [t.detach().requires_grad_() for t in inputs(path, torch.float32, Case(1, 20, 20, 2, 2, 16))]
     cu = offsets((4, 16), path)
@@ -314,6 +319,8 @@ def test_compile(path: torch.device, variant: str) -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if variant == "packed":
             out = ops.attention_varlen(q[0].sin(), k[0], v[0], cu, cu, 16, 16)
+        elif variant == "one projection":
+            out = ops.attention_qkvpacked(torch.stack((q.sin(), k, v), 2))
         elif variant == "one tensor for all":
             out = ops.attention(q, q, q) + k + v
         else:
@@ -343,6 +350,14 @@ def test_bad_input(path: torch.device) -> None:
             r"attention: window must be None or an int of at least 1, got 2.5",
         ),
         (lambda: ops.attention(q, k, v, scale=-1.0), r"attention: scale must be positive and finite, got -1.0"),
+        (
+            lambda: ops.attention_qkvpacked(q),
+            r"attention_qkvpacked: qkv must be \(B, T, 3, H, D\), got \(1, 8, 4, 16\)",
+        ),
+        (
+            lambda: ops.attention_qkvpacked(q.new_empty(1, 8, 2, 4, 16)),
+            r"attention_qkvpacked: qkv must be \(B, T, 3, H, D\) = \(1, 8, 3, 4, 16\), got \(1, 8, 2, 4, 16\)",
+        ),
         (lambda: ops.attention(q, k, v, dropout_p=1.0), r"attention: dropout_p must lie in \[0, 1\), got 1.0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -236,7 +236,7 @@ def test_gpt2_block_loads_as_it_is(path: torch.device) -> None:
     mlp.load_state_dict(block.mlp.state_dict())
     attention.load_state_dict(block.attn.state_dict())
     torch.testing.assert_close(mlp(x, x), block.mlp(x, x))
-    torch.testing.assert_close(attention(x, x), block.attn(x, x, ops.attention))
+    torch.testing.assert_close(attention(x, x), block.attn(x, x, ops.attention_qkvpacked))
 
 
 def test_bad_arguments(path: torch.device) -> None:

@@ -17,7 +17,7 @@ from gpt2_kernels.crossentropy import cross_entropy, linear_cross_entropy
 from gpt2_kernels.decoding import advance_
 from gpt2_kernels.dropin import apply
 from gpt2_kernels.explanation import explain
-from gpt2_kernels.fused_attention import attention, attention_varlen
+from gpt2_kernels.fused_attention import attention, attention_qkvpacked, attention_varlen
 from gpt2_kernels.gemm import gelu_mlp, linear
 from gpt2_kernels.int8 import linear_int8, quantize
 from gpt2_kernels.kv_cache import append_kv_
@@ -37,6 +37,7 @@ __all__ = [
     "apply",
     "attention",
     "attention_map",
+    "attention_qkvpacked",
     "attention_varlen",
     "compat",
     "cross_entropy",

@@ -121,7 +121,7 @@ def attention_dq_kernel(
     lse_ptr,  # (B, H, Tq) or (1, H, Nq), contiguous, natural log
     dlse_ptr,  # as lse, or None
     delta_ptr,  # as lse: written here, for the kernel of dk and dv
-    dq_ptr,  # as q, contiguous
+    dq_ptr,  # (B, Tq, H, D), heads dense
     cu_q_ptr,  # (B + 1,) int32 where PACKED
     cu_k_ptr,
     seed_ptr,  # (1,) int64 where DROPOUT
@@ -140,6 +140,7 @@ def attention_dq_kernel(
     stride_dob,
     stride_dot,
     stride_doh,
+    stride_dq,
     B,
     Tq,
     Tk,
@@ -238,7 +239,7 @@ def attention_dq_kernel(
         True, CAUSAL, WINDOW, DROPOUT, D == BLOCK_D, PRECISION, ACC, BLOCK_N, STAGES,
     )  # fmt: skip
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + ((row + rows[:, None]) * H + h) * D + d[None, :], dq, mask=inside)
+    tl.store(dq_ptr + (row + rows[:, None]) * stride_dq + h * D + d[None, :], dq, mask=inside)
 
 
 @triton.jit
@@ -323,8 +324,8 @@ def attention_dkdv_kernel(
     do_ptr,  # as q
     lse_ptr,  # (B, H, Tq) or (1, H, Nq), contiguous, natural log
     delta_ptr,  # as lse
-    dk_ptr,  # as k, contiguous
-    dv_ptr,  # as k, contiguous
+    dk_ptr,  # (B, Tk, Hkv, D), heads dense
+    dv_ptr,  # as dk, strides too
     cu_q_ptr,  # (B + 1,) int32 where PACKED
     cu_k_ptr,
     seed_ptr,  # (1,) int64 where DROPOUT
@@ -340,6 +341,7 @@ def attention_dkdv_kernel(
     stride_dob,
     stride_dot,
     stride_doh,
+    stride_dkv,
     B,
     Tq,
     Tk,
@@ -444,12 +446,15 @@ def attention_dkdv_kernel(
                 end, j, Tq, Tk, window, scale_log2, seed, head, threshold, keep_scale, d_inside,
                 True, CAUSAL, WINDOW, DROPOUT, D == BLOCK_D, PRECISION, ACC, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
-    at = ((key_row + keys[:, None]) * Hkv + kv_head) * D + d[None, :]
+    at = (key_row + keys[:, None]) * stride_dkv + kv_head * D + d[None, :]
     tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-def _backward_triton(
+def _launch(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     grad: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -466,15 +471,13 @@ def _backward_triton(
     window: int,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
+    """Writes dq, dk and dv, whose rows may lie apart, but for those behind the last sequence: no program owns them."""
     H, Hkv = q.shape[2], k.shape[2]
     packed = cu_seqlens_q is not None
     B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     grad, q, k, v, out = (_check.unit_last_stride(t) for t in (grad, q, k, v, out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    # No program owns a row behind the last sequence: it stays 0.
-    empty = torch.zeros if packed else torch.empty
-    dq, dk, dv = (empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, k))
     delta = torch.empty_like(lse)
     options = variant(q, packed, causal, window, seed)
     threshold, keep_scale = int(dropout_p * 2**24), 1.0 / (1.0 - dropout_p)
@@ -500,6 +503,7 @@ def _backward_triton(
             *v.stride()[:3],
             *out.stride()[:3],
             *grad.stride()[:3],
+            dq.stride(1),
             B,
             q.shape[1],
             k.shape[1],
@@ -536,6 +540,7 @@ def _backward_triton(
             *k.stride()[:3],
             *v.stride()[:3],
             *grad.stride()[:3],
+            dk.stride(1),
             B,
             q.shape[1],
             k.shape[1],
@@ -552,7 +557,24 @@ def _backward_triton(
             num_stages=stages,
             **options,
         )
+
+
+def _backward_triton(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = torch.empty if options[0] is None else torch.zeros  # of rows behind the last sequence the gradient is 0
+    dq, dk, dv = (empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, k))
+    _launch(dq, dk, dv, grad, grad_lse, q, k, v, out, lse, *options)
     return dq, dk, dv
+
+
+def _qkvpacked_triton(
+    grad: Tensor, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> Tensor:
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    (dq, dk, dv), (q, k, v), T = dqkv.unbind(2), qkv.unbind(2), qkv.shape[1]
+    _launch(dq, dk, dv, grad, grad_lse, q, k, v, out, lse, None, None, T, T, *options)
+    return dqkv
 
 
 def _backward_cpu(
@@ -582,16 +604,39 @@ def _backward_cpu(
                 causal=causal, scale=scale, window=window, dropout_p=dropout_p, seed=seed, first=s,
             )  # fmt: skip
         return dq, dk, dv
+    dq, dk, dv = _dense_cpu(grad, grad_lse, q, k, v, out, lse, causal, scale, window, dropout_p, seed)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _dense_cpu(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    window: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, ...]:
     if grad_lse is None and _check.cpu_flash_serves(q, k, causal, window, seed):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *_check.dense_heads_first(grad, q, k, v, out), lse, 0.0, causal, scale=scale
         )
-        dq, dk, dv = (g.transpose(1, 2).contiguous() for g in grads)
-        return dq, dk, dv
-    dq, dk, dv = reference.attention_backward(
+        return tuple(g.transpose(1, 2) for g in grads)
+    return reference.attention_backward(
         grad, grad_lse, q, k, v, out, lse, causal=causal, scale=scale, window=window, dropout_p=dropout_p, seed=seed
     )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _qkvpacked_cpu(
+    grad: Tensor, grad_lse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> Tensor:
+    q, k, v = qkv.unbind(2)
+    return torch.stack(_dense_cpu(grad, grad_lse, q, k, v, out, lse, *options), 2)
 
 
 def _fake(
@@ -607,4 +652,11 @@ register(
     triton_impl=_backward_triton,
     cpu_impl=_backward_cpu,
     fake=_fake,
+)
+register(
+    "attention_qkvpacked_backward(Tensor grad, Tensor? grad_lse, Tensor qkv, Tensor out, Tensor lse, bool causal,"
+    " float scale, int window, float dropout_p, Tensor? seed) -> Tensor",
+    triton_impl=_qkvpacked_triton,
+    cpu_impl=_qkvpacked_cpu,
+    fake=lambda grad, grad_lse, qkv, *others: qkv.new_empty(qkv.shape),
 )

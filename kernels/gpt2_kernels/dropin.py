@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_kernels import _check, _runtime
-from gpt2_kernels.fused_attention import attention
+from gpt2_kernels.fused_attention import attention_qkvpacked
 from gpt2_kernels.gemm import gelu_mlp, linear
 from gpt2_kernels.layernorm import MAX_WIDTH, layer_norm
 from gpt2_kernels.sdpa import scaled_dot_product_attention
@@ -113,7 +113,7 @@ class FusedLayerNorm(Fused):
 class FusedMultiheadAttention(Fused):
     """Without weights, and with no mask or one that is said to be causal; all other calls are torch's own."""
 
-    by = "scaled_dot_product_attention (torch's own for calls with need_weights, padding, or a mask that is not causal)"
+    by = "attention (torch's own for calls with need_weights, padding, or a mask that is not causal)"
     in_proj_weight: Tensor | None
     in_proj_bias: Tensor | None
     q_proj_weight: Tensor
@@ -139,16 +139,20 @@ class FusedMultiheadAttention(Fused):
         if need_weights or key_padding_mask is not None or is_causal != (attn_mask is not None) or not batched:
             options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return super().forward(query, key, value, *options)
+        dropout = self.dropout if self.training else 0.0
         if query is key is value and self.in_proj_weight is not None:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        else:
-            apart, together = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), self.in_proj_weight
-            weights = apart if together is None else together.chunk(3)
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            q, k, v = (F.linear(*each) for each in zip((query, key, value), weights, biases))
+            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
+            qkv = qkv if self.batch_first else qkv.transpose(0, 1)  # (B, T, 3, H, D)
+            out = attention_qkvpacked(qkv, causal=is_causal, dropout_p=dropout)
+            assert isinstance(out, Tensor)
+            out = out if self.batch_first else out.transpose(0, 1)
+            return F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias), None
+        apart, together = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), self.in_proj_weight
+        weights = apart if together is None else together.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(*each) for each in zip((query, key, value), weights, biases))
         into, back = ((0, 2, 1, 3), (0, 2, 1, 3)) if self.batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).permute(into) for t in (q, k, v))  # (B, H, T, D) views
-        dropout = self.dropout if self.training else 0.0
         out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)
         return F.linear(out.permute(back).flatten(2), self.out_proj.weight, self.out_proj.bias), None
 
@@ -265,8 +269,7 @@ class FusedNanoAttention(Fused):
         if len(rates) > 1 or not (plain(into, nn.Linear) and plain(back, nn.Linear)):
             return super().forward(x)
         rate = rates.pop() if rates and self.training else 0.0
-        q, k, v = into(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # three views, no copy
-        out = attention(q, k, v, dropout_p=rate)
+        out = attention_qkvpacked(into(x).unflatten(-1, (3, self.n_head, -1)), dropout_p=rate)
         assert isinstance(out, Tensor)
         out = back(out.flatten(2))
         dropout = self._modules.get("resid_dropout")

@@ -52,7 +52,7 @@ def explain(model_or_op: nn.Module | Callable[..., Any] | str, *args: Any, **kwa
     return "\n".join(head + _of_calls(function, args, kwargs))
 
 
-_WRAPPERS = {"scaled_dot_product_attention": "attention", "attention_varlen": "attention"}
+_WRAPPERS = dict.fromkeys(("scaled_dot_product_attention", "attention_varlen", "attention_qkvpacked"), "attention")
 
 
 def _path(op: str, device: str) -> str:

@@ -361,6 +361,32 @@ class _Attention(torch.autograd.Function):
         return *grads, *none
 
 
+class _AttentionQKVPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, causal: bool, scale: float, window: int, dropout_p: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        T = qkv.shape[1]
+        options = causal, scale, window, dropout_p
+        out, lse = torch.ops.gpt2_kernels.attention(*qkv.unbind(2), None, None, T, T, *options, seed)
+        ctx.options = options
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, seed = ctx.saved_tensors
+        dqkv = None
+        if grad is not None or grad_lse is not None:
+            grad = torch.zeros_like(out) if grad is None else grad
+            dqkv = torch.ops.gpt2_kernels.attention_qkvpacked_backward(
+                grad, grad_lse, qkv, out, lse, *ctx.options, seed
+            )
+        return dqkv, None, None, None, None, None
+
+
 def _apply(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(*distinct(q, k, v, *options))
@@ -410,6 +436,37 @@ def attention(
     scale, window = _check.attention_options("attention", q.shape[3], scale, window)
     seed = _seed("attention", dropout_p, q)
     out, lse = _apply(q, k, v, None, None, q.shape[1], k.shape[1], causal, scale, window, dropout_p, seed)
+    return (out, lse) if return_lse else out
+
+
+@autocast("lower")
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of the three parts of one projection, qkv (B, T, 3, H, D) -> (B, T, H, D).
+
+    The same bits as attention(*qkv.unbind(2)), and one gradient, which the kernels write where the projection reads it:
+    autograd would put the parts' gradients together in a pass of 6 B T H D elements. Options as in `attention`.
+    Raises ValueError on a shape, dtype or option that does not fit.
+    """
+    op = "attention_qkvpacked"
+    _check.rank(op, "qkv", qkv, "(B, T, 3, H, D)")
+    _check.shape(op, "qkv", qkv, (*qkv.shape[:2], 3, *qkv.shape[3:]), "(B, T, 3, H, D)")
+    _check.same_kind(op, "qkv", qkv)
+    _check.heads(op, qkv.shape[3], qkv.shape[3], qkv.shape[4])
+    scale, window = _check.attention_options(op, qkv.shape[4], scale, window)
+    options = causal, scale, window, dropout_p, _seed(op, dropout_p, qkv)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        out, lse = _AttentionQKVPacked.apply(qkv, *options)
+    else:
+        T = qkv.shape[1]
+        out, lse = torch.ops.gpt2_kernels.attention(*qkv.unbind(2), None, None, T, T, *options)
     return (out, lse) if return_lse else out
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_kernels import _check
-from gpt2_kernels.fused_attention import attention
+from gpt2_kernels.fused_attention import attention, attention_qkvpacked
 from gpt2_kernels.gemm import gelu_mlp, linear
 from gpt2_kernels.layernorm import MAX_WIDTH, layer_norm
 
@@ -153,9 +153,14 @@ class CausalSelfAttention(nn.Module):
             return self.forward(x) + residual
         H, Hkv = self.heads, self.kv_heads
         into, back, invariant = self.c_attn, self.c_proj, self.batch_invariant
-        qkv = linear(x, into.weight, into.bias, batch_invariant=invariant).unflatten(-1, (H + 2 * Hkv, -1))
-        q, k, v = qkv.split((H, Hkv, Hkv), dim=2)  # three views, no copy
-        out = attention(q, k, v, scale=self.scale, window=self.window, dropout_p=self.dropout if self.training else 0.0)
+        qkv = linear(x, into.weight, into.bias, batch_invariant=invariant)
+        dropout = self.dropout if self.training else 0.0
+        if H == Hkv:
+            packed = qkv.unflatten(-1, (3, H, -1))
+            out = attention_qkvpacked(packed, scale=self.scale, window=self.window, dropout_p=dropout)
+        else:
+            q, k, v = qkv.unflatten(-1, (H + 2 * Hkv, -1)).split((H, Hkv, Hkv), dim=2)  # three views, no copy
+            out = attention(q, k, v, scale=self.scale, window=self.window, dropout_p=dropout)
         assert isinstance(out, Tensor)
         return linear(out.flatten(2), back.weight, back.bias, residual=residual, batch_invariant=invariant)
 

@@ -119,6 +119,12 @@ def attention_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
+def attention_qkvpacked(qkv: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`attention` of the parts of qkv (B, T, 3, H, D)."""
+    q, k, v = qkv.unbind(2)
+    return attention(q, k, v, **options)
+
+
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:

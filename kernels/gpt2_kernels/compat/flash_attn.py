@@ -1,4 +1,4 @@
-"""flash-attn's three functions, with the signatures and the meaning of version 2.8, on our operators.
+"""flash-attn's functions, with the signatures and the meaning of version 2.8, on our operators.
 
     from gpt2_kernels.compat.flash_attn import flash_attn_func  # in place of: from flash_attn import ...
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check
-from gpt2_kernels.fused_attention import attention, attention_varlen
+from gpt2_kernels.fused_attention import attention, attention_qkvpacked, attention_varlen
 from gpt2_kernels.kv_cache import append_kv_
 from gpt2_kernels.paged import paged_attention
 
@@ -35,6 +35,14 @@ def _window(op: str, causal: bool, window_size: tuple[int, int], Tk: int) -> tup
     if left >= 0:
         _check.fail(op, f"a window must be causal, or window_size[1] 0 ({INSTEAD})", window_size)
     return False, None
+
+
+def _parts(op: str, name: str, tensor: Tensor, dims: str) -> tuple[Tensor, ...]:
+    """What a packed tensor holds along its third axis from the end, as views."""
+    _check.rank(op, name, tensor, dims)
+    number = int(dims.split(", ")[-3])
+    _check.shape(op, name, tensor, (*tensor.shape[:-3], number, *tensor.shape[-2:]), dims)
+    return tensor.unbind(-3)
 
 
 def _refuse(op: str, softcap: float, alibi_slopes: Tensor | None) -> None:
@@ -74,6 +82,47 @@ def flash_attn_func(
     return (out, lse, None) if return_attn_probs else out
 
 
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """`flash_attn_func` of the parts of qkv (B, T, 3, H, D), whose gradient the kernels write as one."""
+    op = "flash_attn_qkvpacked_func"
+    _refuse(op, softcap, alibi_slopes)
+    _refuse_probabilities(op, return_attn_probs, dropout_p)
+    _check.rank(op, "qkv", qkv, "(B, T, 3, H, D)")
+    causal, window = _window(op, causal, window_size, qkv.shape[1])
+    out, lse = attention_qkvpacked(
+        qkv, causal=causal, scale=softmax_scale, window=window, dropout_p=dropout_p, return_lse=True
+    )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """`flash_attn_func` with k and v in kv (B, Tk, 2, Hkv, D)."""
+    k, v = _parts("flash_attn_kvpacked_func", "kv", kv, "(B, Tk, 2, Hkv, D)")
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_func(q, k, v, *options)
+
+
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -105,6 +154,47 @@ def flash_attn_varlen_func(
         q, k, v, *options, causal=causal, scale=softmax_scale, window=window, dropout_p=dropout_p, return_lse=True
     )
     return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """`flash_attn_varlen_func` of the parts of qkv (N, 3, H, D)."""
+    q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, "(N, 3, H, D)")
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """`flash_attn_varlen_func` with k and v in kv (Nk, 2, Hkv, D)."""
+    k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, "(Nk, 2, Hkv, D)")
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options)
 
 
 def flash_attn_with_kvcache(
