@@ -92,8 +92,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
-        x = self.attn(normalize(self.ln_1, x), x, attend, batch_invariant)
-        return self.mlp(normalize(self.ln_2, x), x, batch_invariant)
+        normed, x = normalize(self.ln_1, x, prenorm=True)
+        x = self.attn(normed, x, attend, batch_invariant)
+        normed, x = normalize(self.ln_2, x, prenorm=True)
+        return self.mlp(normed, x, batch_invariant)
 
 
 def linear(layer: nn.Module, x: Tensor, batch_invariant: bool = True, **options: Any) -> Tensor:
@@ -105,8 +107,8 @@ def linear(layer: nn.Module, x: Tensor, batch_invariant: bool = True, **options:
     return ops.linear(x, weight, bias, batch_invariant=batch_invariant, **options)
 
 
-def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+def normalize(norm: nn.LayerNorm, x: Tensor, **options: Any) -> Any:
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, **options)
 
 
 def attend_paged(qkv: Tensor, *, batch: PagedBatch, cache: LayerCache, scale: float) -> Tensor:

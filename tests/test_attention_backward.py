@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from called import Called
 from layouts import GRADIENT_LAYOUTS, LAYOUTS, in_layout
 from test_fused_attention import CASES, FAR, Case, call, inputs, torch_attention
 from tolerance import assert_accurate, wide
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2_kernels as ops
 
@@ -135,21 +135,11 @@ def test_one_projection(path: torch.device, options: dict[str, Any], layout: str
     for used in ((0,), (1,), (0, 1)):  # either result alone, and both
         results = [[pair[i] for i in used] for pair in (apart, packed)]
         (expected,) = torch.autograd.grad(results[0], qkv, [grads[i] for i in used], retain_graph=True)
-        with _Called() as called:
+        with Called() as called:
             (found,) = torch.autograd.grad(results[1], qkv, [grads[i] for i in used], retain_graph=True)
         assert torch.equal(found, expected)
         assert "gpt2_kernels.attention_qkvpacked_backward.default" in called.names
         assert not any("stack" in name or "cat" in name or "copy" in name for name in called.names), called.names
-
-
-class _Called(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @FAR

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from called import Called
 from tolerance import DTYPES, assert_accurate, wide
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 import gpt2_kernels as ops
 from gpt2_kernels import _native, _runtime, layernorm
@@ -325,7 +329,8 @@ def test_gradcheck(path: torch.device, add: bool) -> None:
         assert torch.autograd.gradcheck(lambda *t: function(*t, 1e-5), (x, residual, weight, bias))
         assert torch.autograd.gradcheck(lambda *t: function(*t, None, 1e-5), (x, residual, weight))
     else:
-        assert torch.autograd.gradcheck(lambda *t: layernorm._LayerNorm.apply(*t, 1e-5), (x, weight, bias))
+        assert torch.autograd.gradcheck(lambda *t: layernorm._LayerNorm.apply(*t, 1e-5, False), (x, weight, bias))
+        assert torch.autograd.gradcheck(lambda *t: layernorm._LayerNorm.apply(*t, 1e-5, True), (x, weight, bias))
 
 
 def test_opcheck(path: torch.device) -> None:
@@ -386,3 +391,57 @@ def test_compile_with_one_tensor_for_several(path: torch.device) -> None:
     expected = torch.autograd.grad(function(x, weight), (x, weight))
     for a, b in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("used", ["both", "y", "stream"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prenorm(path: torch.device, dtype: torch.dtype, used: str) -> None:
+    """The stream is x itself, and the kernel adds its gradient: nothing else does."""
+    leaves = [t.requires_grad_() for t in inputs(path, dtype, 5, 100)]
+    exact, grads = wide(*leaves), [torch.randn(5, 100, device=path).to(dtype) for _ in range(2)]
+    chosen = {"both": slice(None), "y": slice(1), "stream": slice(1, None)}[used]
+
+    def gradients(results: Any, leaves: Any, grads: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(results[chosen], leaves, grads[chosen], allow_unused=True, materialize_grads=True)
+
+    ours = ops.layer_norm(*leaves, prenorm=True)
+    assert torch.equal(ours[0], ops.layer_norm(*leaves)) and torch.equal(ours[1], leaves[0])
+    with Called() as called:
+        found = gradients(ours, leaves, grads)
+    assert used == "stream" or "gpt2_kernels.layer_norm_backward.default" in called.names
+    assert not any("add" in name.split(".")[1] for name in called.names), called.names
+    theirs = gradients((F.layer_norm(leaves[0], (100,), *leaves[1:]), leaves[0]), leaves, grads)
+    truth = gradients((F.layer_norm(exact[0], (100,), *exact[1:]), exact[0]), exact, [g.double() for g in grads])
+    for a, b, c in zip(found, theirs, truth):
+        assert_accurate(a, b, c, factor=3)
+    with torch.no_grad():
+        y, stream = ops.layer_norm(*leaves, prenorm=True)
+    assert stream is leaves[0] and torch.equal(y, ours[0])
+
+
+def test_prenorm_of_what_needs_no_gradient(path: torch.device) -> None:
+    """Frozen embeddings below, weights that learn: the stream still has none."""
+    x, weight, bias = inputs(path, torch.float32, 5, 100)
+    y, stream = ops.layer_norm(x, weight.requires_grad_(), bias, prenorm=True)
+    (found,) = torch.autograd.grad((y * stream).sum(), weight)
+    (expected,) = torch.autograd.grad((ops.layer_norm(x, weight, bias) * x).sum(), weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_prenorm_compiled_and_checkpointed(path: torch.device) -> None:
+    leaves = [t.requires_grad_() for t in inputs(path, torch.float32, 4, 32)]
+
+    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        for _ in range(2):
+            y, x = ops.layer_norm(x, weight, bias, prenorm=True)
+            x = x + y.tanh()
+        return x.square().sum()
+
+    torch._dynamo.reset()
+    expected = torch.autograd.grad(block(*leaves), leaves)
+    for way in (
+        torch.compile(block, fullgraph=True, backend="aot_eager"),
+        functools.partial(checkpoint, block, use_reentrant=False),
+    ):
+        for a, b in zip(torch.autograd.grad(way(*leaves), leaves), expected):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -29,7 +29,7 @@ Specification: gpt2_kernels.reference.layer_norm, add_layer_norm, layer_norm_bac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -468,17 +468,20 @@ _backward_op = torch.ops.gpt2_kernels.layer_norm_backward.default
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, prenorm: bool) -> Any:
         y, statistics = _layer_norm_op(x, weight, bias, eps, True)
         ctx.save_for_backward(x, weight, statistics)
-        return y
+        ctx.set_materialize_grads(False)  # no zeros to read where one of the results is not used
+        return (y, x) if prenorm else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        want_dx, want_dweight, want_dbias, *_ = ctx.needs_input_grad
+        if dy is None:
+            return dstream, None, None, None, None
         x, weight, statistics = ctx.saved_tensors
-        want_dx, want_dweight, want_dbias, _ = ctx.needs_input_grad
-        return *_backward_op(dy, None, x, weight, statistics, want_dx, want_dweight, want_dbias), None
+        return *_backward_op(dy, dstream, x, weight, statistics, want_dx, want_dweight, want_dbias), None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -513,11 +516,27 @@ def _check_arguments(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, ep
         _check.fail(op, "eps must be at least 0", eps)
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, prenorm: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, prenorm: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
 @autocast("float32")
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, prenorm: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Layer normalisation over the last axis: x (..., C) -> (..., C), in the dtype of x.
 
-    weight and bias are (C,); statistics are float32; C <= 16384. Differentiable in x, weight and bias.
+    weight and bias are (C,); statistics are float32; C <= 16384. Differentiable in x, weight and bias. With prenorm the
+    result is (y, x): x is to go on as the residual stream, x + f(y), and its gradient is added to the one of y in the
+    backward kernel, where autograd would take a pass of 3 elements for each of x.
     Raises ValueError on a shape, dtype or device that does not fit. Source: Ba et al., 2016, arXiv:1607.06450.
     """
     _check_arguments("layer_norm", x, weight, bias, eps)
@@ -526,8 +545,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _LayerNorm.apply(*distinct(x, weight, bias, eps))
-    return _layer_norm_op(x, weight, bias, eps, False)[0]
+        # torch.compile does not take a result that is an input, and fuses the addition itself.
+        fused = prenorm and not torch.compiler.is_compiling()
+        y = _LayerNorm.apply(*distinct(x, weight, bias, eps, fused))
+        return (y, x) if prenorm and not fused else y
+    y, _ = _layer_norm_op(x, weight, bias, eps, False)
+    return (y, x) if prenorm else y
 
 
 @autocast("float32")
