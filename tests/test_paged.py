@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from gpt2_kernels import _native, _runtime, paged
+from gpt2_kernels import _native, _paged_decode, _runtime, paged
 
 Text = tuple[Tensor, Tensor]  # keys and values of a sequence, (context, Hkv, D) each
 
@@ -120,6 +120,28 @@ def test_decode_of_any_head_dimension(path: torch.device, D: int, Hkv: int, dtyp
 @pytest.mark.parametrize("window", [1, 44, 45, 256, 300, 5000])  # 44: the last split alone
 def test_decode_through_a_window(path: torch.device, window: int, Hkv: int) -> None:
     check(*make_batch(path, torch.float32, [556, 255, 7], [1] * 3, Hkv=Hkv, D=16), window=window)
+
+
+@pytest.mark.parametrize("Hkv", [2, 1])
+@pytest.mark.parametrize("window", [None, 300, 513, 1100])
+def test_decode_of_long_texts_has_wider_splits(
+    path: torch.device, window: int | None, Hkv: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where scratch for every 256 keys would be too much. A text's bits are its own, however wide the table is."""
+    if ops.path_of("paged_attention", path.type).startswith("Triton"):
+        monkeypatch.setattr(_paged_decode, "MAX_PARTS", 3)
+    batch, texts = make_batch(path, torch.float32, [2000, 513, 512, 20, 1025], [1] * 5, Hkv=Hkv, D=16)
+    check(batch, texts, window=window)
+    out = ops.paged_attention(*batch, window=window)
+    for s in range(5):
+        blocks = -(-int(batch.context_lens[s]) // batch.k_cache.shape[1])  # no wider than this text
+        alone = batch._replace(
+            q=batch.q[s : s + 1],
+            block_table=batch.block_table[s : s + 1, :blocks],
+            context_lens=batch.context_lens[s : s + 1],
+            cu_seqlens_q=batch.cu_seqlens_q[:2],
+        )
+        assert torch.equal(ops.paged_attention(*alone, window=window)[0], out[s])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -259,6 +281,13 @@ def test_a_stream_keeps_its_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
     segments[0]["segment_pool_id"] = (0, 0)
     stream[0] = 8
     assert kept is not _runtime.tickets(10, device)
+    stream[0] = 6
+
+    def unsupported() -> list[dict]:
+        raise RuntimeError("Calling snapshot with backend:cudaMallocAsync is not meaningful")
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", unsupported)
+    assert _runtime.tickets(10, device) is not _runtime.tickets(10, device)
 
 
 def test_decode_in_a_cuda_graph() -> None:

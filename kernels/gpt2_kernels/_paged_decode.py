@@ -1,9 +1,10 @@
 """Paged attention of one query a sequence: the keys are cut into splits, and all is done by one launch.
 
 A split is SPLIT keys, counted from position 0 and never by batch, so that the tree of sums depends on the sequence
-alone. One program attends to one split of one sequence, for one head, or for up to 16 heads that read the same keys. It
-leaves (sum of p v, maximum, sum of p) in a scratch buffer and takes a ticket; whoever takes the last ticket of its
-sequence and head adds the parts up in order of position. A sequence of one split needs neither.
+alone; a sequence that would have more than MAX_PARTS of them has splits of so many times SPLIT keys. One program
+attends to one split of one sequence, for one head, or for up to 16 heads that read the same keys. It leaves (sum of p
+v, maximum, sum of p) in a scratch buffer and takes a ticket; whoever takes the last ticket of its sequence and head
+adds the parts up in order of position. A sequence of one split needs neither.
 
 Bytes of a program at D = 64 in bfloat16: 256 keys and values of 128 bytes, 64 KiB, read once, and 272 bytes of scratch
 written and read, 0.8 %. Arithmetic: 4 SPLIT D FLOPs a head, 1 a byte where every head has keys of its own (H = Hkv).
@@ -53,6 +54,9 @@ SHARED_FLOAT8_KEYS = {
     (0, 4, 64): (256, 32, 8, 1),
     (0, 4, 256): (256, 16, 8, 1),
 }
+# Parts of a sequence, at most: the scratch of all is what the table has room for, and one of 131,072 keys and 256
+# sequences of 32 heads would take 2 GB. 64 of a sequence's 8 heads are more programs than an H200 holds at a time.
+MAX_PARTS = 64
 MAX_HEADS = 16  # that share keys and that one program serves: rows of a tensor-core tile
 COMBINED = 2048  # numbers of scratch that a combining program reads at a time
 
@@ -71,7 +75,7 @@ def paged_decode_kernel(
     cu_seqlens_ptr,  # (S + 1,) int32
     k_scale_ptr,  # (Hkv,) float32 for float8 caches, else None
     v_scale_ptr,  # (Hkv,)
-    parts_ptr,  # (S, H, splits, PART): D sums of p v, the maximum, the sum of p
+    parts_ptr,  # (S, H, most parts, PART): D sums of p v, the maximum, the sum of p
     tickets_ptr,  # (S, groups) int32, zeros
     out_ptr,  # (Nq, H, D), contiguous
     stride_qn,
@@ -96,16 +100,18 @@ def paged_decode_kernel(
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
     SPLIT: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COMBINE: tl.constexpr,
     PART: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns SPLIT keys of HEADS heads of one sequence; the last of a sequence adds its splits in order."""
-    group = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
+    """One program owns a split of HEADS heads of one sequence; the last of a sequence adds its splits in order."""
+    # Programs without keys, of texts shorter than the table is wide, start among the others and not after them.
+    part = tl.program_id(0)
+    group = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
     groups_per_kv = tl.cdiv(queries_per_kv, HEADS)
     kv_head = (group // groups_per_kv).to(tl.int64)
     member = group % groups_per_kv * HEADS + tl.arange(0, HEADS)
@@ -116,7 +122,7 @@ def paged_decode_kernel(
 
     row = tl.load(cu_seqlens_ptr + sequence)
     queries = tl.load(cu_seqlens_ptr + sequence + 1) - row
-    if (split == 0) & (sequence == tl.num_programs(1) - 1):
+    if (part == 0) & (sequence == tl.num_programs(2) - 1):
         behind = (row + queries).to(tl.int64)
         while behind < all_rows:  # rows behind the last sequence
             tl.store(out_at + behind * H * D, tl.zeros([HEADS, BLOCK_D], out_ptr.dtype.element_ty), mask=wanted)
@@ -129,10 +135,10 @@ def paged_decode_kernel(
     begin = 0
     if WINDOW:
         begin = tl.maximum(context - window, 0)
-    first = begin // SPLIT
-    parts = tl.maximum(tl.cdiv(context, SPLIT) - first, 1)  # one, with no key in it, where there is no context
-    part = split - first
-    if (queries > 0) & (part >= 0) & (part < parts):
+    size = SPLIT * tl.maximum(tl.cdiv(context - begin, SPLIT * (MAX_PARTS - 1)), 1)  # one less: two may be cut
+    first = begin // size
+    parts = tl.maximum(tl.cdiv(context, size) - first, 1)  # one, with no key in it, where there is no context
+    if (queries > 0) & (part < parts):
         row64 = row.to(tl.int64)
         if k_scale_ptr is not None:
             scale_log2 = scale_log2 * tl.load(k_scale_ptr + kv_head)
@@ -146,8 +152,8 @@ def paged_decode_kernel(
             m = tl.full([HEADS], -float("inf"), tl.float32)
             l = tl.zeros([HEADS], tl.float32)
             acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
-        start = tl.maximum(split * SPLIT, begin // BLOCK_N * BLOCK_N)
-        end = tl.minimum(split * SPLIT + SPLIT, context)
+        start = tl.maximum((first + part) * size, begin // BLOCK_N * BLOCK_N)
+        end = tl.minimum((first + part + 1) * size, context)
         for n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
             j = n + tl.arange(0, BLOCK_N)
             there = j < end
@@ -197,13 +203,13 @@ def paged_decode_kernel(
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=wanted)
         else:
             # A row of scratch for each head and part; the parts of a head lie side by side.
-            rows = (sequence * H + head) * tl.num_programs(2)  # (HEADS,)
+            rows = (sequence * H + head) * tl.num_programs(0)  # (HEADS,)
             mine = parts_ptr + (rows + part) * PART
             tl.store(mine[:, None] + d[None, :], acc, mask=wanted)
             tl.store(mine + D, m, mask=member < queries_per_kv)
             tl.store(mine + D + 1, l, mask=member < queries_per_kv)
             tl.debug_barrier()  # the whole program has stored before its one ticket is taken
-            ticket_at = tickets_ptr + sequence * tl.num_programs(0) + group
+            ticket_at = tickets_ptr + sequence * tl.num_programs(1) + group
             # Release what was stored here, acquire what the others stored.
             if tl.atomic_add(ticket_at, 1, sem="acq_rel") == parts - 1:
                 _combine(parts_ptr, rows, parts, d, member < queries_per_kv, out_at, D, COMBINE, PART)
@@ -266,12 +272,15 @@ def decode(
     split, block_n, warps, stages = row
     groups = Hkv * _check.cdiv(H // Hkv, heads)
     block_d = max(16, _check.power_of_2(D))
-    splits = max(1, _check.cdiv(max_blocks * block_size, split))  # the host's bound: no look at context_lens
+    keys = max_blocks * block_size  # the host's bound: no look at context_lens
+    if window:
+        keys = min(keys, window + split - 1)  # the first of them may lie inside a split
+    most = min(max(1, _check.cdiv(keys, split)), MAX_PARTS)
     part = 4 * _check.cdiv(D + 2, 4)  # whole 16 bytes
-    parts = torch.empty(S * H * splits * part if splits > 1 else 0, dtype=torch.float32, device=q.device)
+    parts = torch.empty(S * H * most * part if most > 1 else 0, dtype=torch.float32, device=q.device)
     launch(
         paged_decode_kernel,
-        (groups, S, splits),
+        (most, groups, S),
         q,
         k_cache,
         v_cache,
@@ -300,6 +309,7 @@ def decode(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         HEADS=heads,
         SPLIT=split,
+        MAX_PARTS=MAX_PARTS,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         COMBINE=min(16, max(1, COMBINED // (heads * block_d))),

@@ -127,11 +127,18 @@ def tickets(number: int, device: torch.device) -> torch.Tensor:
 
 
 def _in_private_pool(tensor: torch.Tensor) -> bool:
-    """Whether its memory belongs to a graph, which gives it back with its other memory, or to torch.compile's."""
+    """Whether its memory belongs to a graph, which gives it back with its other memory, or to torch.compile's.
+
+    Allocators other than PyTorch's own, such as cudaMallocAsync, raise at the question: then it may.
+    """
+    try:
+        segments = torch.cuda.memory_snapshot()
+    except RuntimeError:
+        return True
     address = tensor.data_ptr()
     return any(
         segment["segment_pool_id"] != (0, 0) and 0 <= address - segment["address"] < segment["total_size"]
-        for segment in torch.cuda.memory_snapshot()
+        for segment in segments
     )
 
 
