@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 import gpt2_kernels as ops
-from gpt2.layer import MLP, Attend, SelfAttention
+from gpt2.layer import MLP, PROMPT, Attend, Products, SelfAttention
 from gpt2.model import GPT2
 
 T = TypeVar("T")
@@ -175,19 +175,19 @@ def _split(linear: nn.Module, name: str, mesh: DeviceMesh, axis: int, shape: tup
 
 
 def _attend(
-    module: SelfAttention, mesh: DeviceMesh, x: Tensor, residual: Tensor, attend: Attend, batch_invariant: bool = True
+    module: SelfAttention, mesh: DeviceMesh, x: Tensor, residual: Tensor, attend: Attend, products: Products = PROMPT
 ) -> Tensor:
     """`SelfAttention.forward` with this process's heads."""
-    linear = functools.partial(ops.linear, batch_invariant=batch_invariant)
+    linear = functools.partial(ops.linear, **products)
     weight, bias = _mine(module.c_attn.weight), _mine(module.c_attn.bias)  # (3, h, D, C), (3, h, D)
     qkv = linear(x, weight.flatten(0, 2), bias.flatten()).unflatten(-1, weight.shape[:3])
     y = linear(attend(qkv).flatten(-2), _mine(module.c_proj.weight).flatten(1))
     return _added(y, mesh) + module.c_proj.bias + residual
 
 
-def _feed(module: MLP, mesh: DeviceMesh, x: Tensor, residual: Tensor, batch_invariant: bool = True) -> Tensor:
+def _feed(module: MLP, mesh: DeviceMesh, x: Tensor, residual: Tensor, products: Products = PROMPT) -> Tensor:
     """`MLP.forward` with this process's columns."""
-    linear = functools.partial(ops.linear, batch_invariant=batch_invariant)
+    linear = functools.partial(ops.linear, **products)
     w1, b1, w2 = (_mine(p) for p in (module.c_fc.weight, module.c_fc.bias, module.c_proj.weight))
     hidden = linear(x, w1, b1, activation="gelu_tanh" if module.approximate == "tanh" else "gelu")
     return _added(linear(hidden, w2), mesh) + module.c_proj.bias + residual
@@ -199,7 +199,13 @@ def _mine(tensor: Tensor) -> Tensor:
 
 
 def _added(part: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum over the processes, in all of them."""
-    return (
-        DTensor.from_local(part, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
-    )
+    """The sum over the processes, in all of them, in the order of their ranks.
+
+    An all-reduce of three or more adds in an order that depends on where in the tensor a number lies, and so on the
+    other rows of the batch.
+    """
+    first, *others = whole(DTensor.from_local(part.unsqueeze(0), mesh, [Shard(0)], run_check=False))
+    total = first.float()  # rounded once, at the end
+    for other in others:
+        total = total + other
+    return total.to(part.dtype)

@@ -59,6 +59,8 @@ class Trainer:
         if world.size > 1 and not sharded:
             self.objective = DistributedDataParallel(self.objective)
         self.optimizers = optimizers(self.parameters, recipe)
+        if isinstance(self.objective, DistributedDataParallel):
+            self._settle_buckets()
 
     def update(self, stop: int = 0) -> tuple[float, float, int]:
         """One step: its loss, the length of its gradient, and the largest `stop` that any process was called with.
@@ -93,6 +95,17 @@ class Trainer:
         self._clear()
         self.step += 1
         return loss_sum, norm, round(signals / stops) if stops else 0
+
+    def _settle_buckets(self) -> None:
+        """A backward pass whose gradients are dropped, so that DDP adds in one order from the first update on.
+
+        DDP adds gradients bucket by bucket, and divides them into buckets anew after the first backward pass. Where a
+        gradient lies in a bucket decides the order in which three or more processes add: the update that follows a
+        --resume would differ from the same one in a run that was never interrupted.
+        """
+        tokens = torch.zeros((self.at_a_time, self.windows.context), dtype=torch.int64, device=self.world.device)
+        self.objective(tokens, tokens).backward()
+        self._clear()
 
     def _clear(self) -> None:
         for optimizer in self.optimizers:

@@ -1,4 +1,4 @@
-"""What test_parallel.py runs in each of two processes: `parallel_child.py PART FOLDER`."""
+"""What test_parallel.py runs in each of two or three processes: `parallel_child.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -51,15 +51,19 @@ def data_parallel(world: World, folder: str) -> None:
 
 
 def resume(world: World, folder: str) -> None:
-    """A run of two processes with its last checkpoint lost goes on from the one before to the same bits."""
+    """A run with its last checkpoint lost goes on from the one before to the same bits.
+
+    Also where gradients fill several of DDP's buckets, and three processes add: the order of a sum shows.
+    """
     text = str(Path(folder) / "words.txt")
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1024
     for mode in ("ddp", "fsdp"):
         out = Path(folder) / mode
         recipe = Recipe(
             data=text,
             val_data=text,
             model=folder,
-            batch_size=4,
+            batch_size=2 * world.size,
             context=16,
             steps=4,
             save_every=2,
@@ -115,6 +119,19 @@ def tensor_parallel(world: World, folder: str) -> None:
         raise AssertionError("one head was split")
 
 
+def rows(world: World, folder: str) -> None:
+    """A row of what three processes add has the same bits alone and among others."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    for dtype in (torch.float32, torch.bfloat16):
+        part = torch.randn(64, 1600, generator=torch.Generator().manual_seed(world.rank)).to(dtype)
+        together = parallel._added(part, mesh)
+        parts = [torch.empty_like(part) for _ in range(world.size)]
+        dist.all_gather(parts, part)
+        torch.testing.assert_close(together, sum(p.double() for p in parts).to(dtype))  # type: ignore[union-attr]
+        for row in range(64):
+            assert torch.equal(parallel._added(part[row : row + 1], mesh)[0], together[row]), (dtype, row)
+
+
 def failure(world: World, folder: str) -> None:
     """What goes wrong in process 0 ends the others too, with the same words."""
     try:
@@ -128,5 +145,5 @@ def failure(world: World, folder: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with parallel.world("cpu") as world:
-        for part in (data_parallel, resume, tensor_parallel, failure):
+        for part in (data_parallel, resume, tensor_parallel, failure) if world.size == 2 else (resume, rows):
             part(world, sys.argv[1])

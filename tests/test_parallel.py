@@ -1,4 +1,4 @@
-"""Two processes on gloo compute what one does: data parallel, sharded, tensor parallel. What they do is in
+"""Processes on gloo compute what one does: data parallel, sharded, tensor parallel. What they do is in
 parallel_child.py."""
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from gpt2 import PRESETS, cli, parallel
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
 
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_compute_what_one_does(count: int, tmp_path: Path) -> None:
+    """Two compare all they do; of three it is asked what two could not show: the order in which they add."""
     folder = random_checkpoint(tmp_path, tiny_config(), tokenizer=True)
     (folder / "words.txt").write_text("a few words of no account " * 30)
     with socket.socket() as free:
@@ -32,19 +34,19 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     children = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "parallel_child.py"), str(folder)],
-            env={**common, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**common, "WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         errors = [child.communicate(timeout=240)[1] for child in children]
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n\n".join(errors)
-    assert "2 x cpu" in errors[0] and "gpt2 train" not in errors[1]  # one process speaks for both
+    assert [child.returncode for child in children] == [0] * count, "\n\n".join(errors)
+    assert f"{count} x cpu" in errors[0] and "gpt2 train" not in "".join(errors[1:])  # one process speaks for all
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused(
