@@ -22,7 +22,8 @@ class PagedCache:
     """Keys and values of all layers in num_blocks blocks of block_size tokens.
 
     dtype is the model's, or float8_e4m3fn with a scale for each layer's heads: half of the bytes of bfloat16.
-    num_blocks=None takes as many as free memory holds, at most those that max_batch texts of full length fill.
+    num_blocks=None takes as many as free memory holds, at most those that max_batch texts of full length fill. Where
+    processes share the model, it is the free memory of the one that has room for the fewest.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class PagedCache:
         bytes_a_block = block_bytes(model, block_size, dtype)
         if num_blocks is None:
             most = max_batch * -(-config.n_positions // block_size)
-            num_blocks = max(1, min(most, int(_free_memory(model.device)) // bytes_a_block))
+            room = int(_free_memory(model.device)) // bytes_a_block
+            num_blocks = max(1, min(most, agree(model, room)))
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.bytes = num_blocks * bytes_a_block
@@ -71,6 +73,16 @@ class PagedCache:
 
     def _indices(self, values: list) -> Tensor:
         return upload(values, torch.int64, self._bytes.device)
+
+
+def agree(model: GPT2, value: int) -> int:
+    """One value in all processes that share the model, where each has its own: the least."""
+    if model.cache_heads == model.config.n_head:
+        return value  # nobody shares it
+
+    from gpt2 import parallel  # which imports all of torch.distributed
+
+    return parallel.least(model, value)
 
 
 def block_bytes(model: GPT2, block_size: int, dtype: torch.dtype) -> int:

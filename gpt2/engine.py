@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import random
+import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -22,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpt2.blocks import BlockPool
-from gpt2.cache import PagedCache, upload
+from gpt2.cache import PagedCache, agree, upload
 from gpt2.decode import Decoder, Drawn, most_logprobs
 from gpt2.model import GPT2, PagedBatch
 from gpt2.request import Completion, Logprob, Output, Request, Sample, make_request
@@ -96,6 +99,8 @@ class Engine:
         self._swapped: dict[Text, Tensor] = {}  # keys and values in host memory
         self._requests: dict[int, Request] = {}
         self._sample_of: dict[Text, Sample] = {}
+        # For requests without a seed: as good as fresh, and the same in all processes that share the model.
+        self._seeds = random.Random(agree(model, secrets.randbits(63)))
         self._ready: list[Completion] = []  # finished, not yet handed out by `step`
         self._next_number = 0
         self._prompt_tokens = 0
@@ -279,7 +284,8 @@ class Engine:
         self._ready = [c for c in self._ready if c.request_id not in unwanted]
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
-        request = make_request(prompt, params, self.model.config, self.tokenizer)
+        fresh_seed = functools.partial(self._seeds.getrandbits, 63)
+        request = make_request(prompt, params, self.model.config, self.tokenizer, fresh_seed)
         self._scheduler.check(request.samples[0].sequence)
         return request
 

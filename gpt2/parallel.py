@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 import gpt2_kernels as ops
-from gpt2.layer import MLP, PROMPT, Attend, Products, SelfAttention
+from gpt2.layer import MLP, PROMPT, Attend, Block, Products, SelfAttention
 from gpt2.model import GPT2
 
 T = TypeVar("T")
@@ -129,6 +129,17 @@ def tensor_parallel(model: GPT2, mesh: DeviceMesh) -> GPT2:
     return model
 
 
+def least(model: GPT2, value: int) -> int:
+    """The least of the values that the processes of a split model give; each of them must call it."""
+    block = model.h[0]
+    assert isinstance(block, Block)
+    weight = block.attn.c_attn.weight
+    assert isinstance(weight, DTensor)
+    smallest = torch.tensor(value, device=model.device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, weight.device_mesh.get_group())
+    return int(smallest)
+
+
 def check_heads(heads: int, parts: int) -> None:
     """Raises ValueError where some of `parts` processes would get none of `heads`."""
     largest = -(-heads // parts)  # torch.chunk's rule, which DTensor follows
@@ -178,19 +189,17 @@ def _attend(
     module: SelfAttention, mesh: DeviceMesh, x: Tensor, residual: Tensor, attend: Attend, products: Products = PROMPT
 ) -> Tensor:
     """`SelfAttention.forward` with this process's heads."""
-    linear = functools.partial(ops.linear, **products)
     weight, bias = _mine(module.c_attn.weight), _mine(module.c_attn.bias)  # (3, h, D, C), (3, h, D)
-    qkv = linear(x, weight.flatten(0, 2), bias.flatten()).unflatten(-1, weight.shape[:3])
-    y = linear(attend(qkv).flatten(-2), _mine(module.c_proj.weight).flatten(1))
+    qkv = ops.linear(x, weight.flatten(0, 2), bias.flatten(), **products).unflatten(-1, weight.shape[:3])
+    y = ops.linear(attend(qkv).flatten(-2), _mine(module.c_proj.weight).flatten(1), **products)
     return _added(y, mesh) + module.c_proj.bias + residual
 
 
 def _feed(module: MLP, mesh: DeviceMesh, x: Tensor, residual: Tensor, products: Products = PROMPT) -> Tensor:
     """`MLP.forward` with this process's columns."""
-    linear = functools.partial(ops.linear, **products)
     w1, b1, w2 = (_mine(p) for p in (module.c_fc.weight, module.c_fc.bias, module.c_proj.weight))
-    hidden = linear(x, w1, b1, activation="gelu_tanh" if module.approximate == "tanh" else "gelu")
-    return _added(linear(hidden, w2), mesh) + module.c_proj.bias + residual
+    hidden = ops.linear(x, w1, b1, activation="gelu_tanh" if module.approximate == "tanh" else "gelu", **products)
+    return _added(ops.linear(hidden, w2, **products), mesh) + module.c_proj.bias + residual
 
 
 def _mine(tensor: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import tiktoken
 
@@ -140,9 +139,16 @@ class Request:
 
 
 def make_request(
-    prompt: str | Sequence[int], params: SamplingParams, config: GPT2Config, tokenizer: tiktoken.Encoding | None
+    prompt: str | Sequence[int],
+    params: SamplingParams,
+    config: GPT2Config,
+    tokenizer: tiktoken.Encoding | None,
+    fresh_seed: Callable[[], int],
 ) -> Request:
-    """A request whose prompt and parameters fit the model; ValueError, naming the option, where they do not."""
+    """A request whose prompt and parameters fit the model; ValueError, naming the option, where they do not.
+
+    fresh_seed draws the seed, below 2^63, of a request whose parameters have none.
+    """
     if not isinstance(params, SamplingParams):
         raise ValueError(f"Engine: params must be SamplingParams, got {type(params).__name__}")
     tokens = _encode(prompt, config, tokenizer)
@@ -162,7 +168,7 @@ def make_request(
         raise ValueError(f"Engine: logprobs must be at most {config.vocab_size}, got {params.logprobs}")
     if bad := [t for t in params.stop_token_ids if t >= config.vocab_size]:
         raise ValueError(f"Engine: stop_token_ids must be below {config.vocab_size}, got {bad[0]}")
-    seed = secrets.randbits(63) if params.seed is None else params.seed
+    seed = fresh_seed() if params.seed is None else params.seed
     request = Request(-1, tokens, params, seed, unfinished=params.n)
     family = scheduler.Family()
     for number in range(params.n):

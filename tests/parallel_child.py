@@ -13,7 +13,7 @@ import torch.distributed as dist
 from checkpoints import tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 
-from gpt2 import GPT2, Engine, SamplingParams, data, parallel, training
+from gpt2 import GPT2, Engine, SamplingParams, cache, data, parallel, training
 from gpt2.parallel import World
 from gpt2.recipe import Recipe
 from gpt2.trainer import Trainer
@@ -119,6 +119,25 @@ def tensor_parallel(world: World, folder: str) -> None:
         raise AssertionError("one head was split")
 
 
+def defaults(world: World, folder: str) -> None:
+    """Without num_blocks and seeds the engines of a split model agree; where they do not, one waits for ever."""
+    torch.manual_seed(0)
+    model = GPT2(tiny_config(n_embd=48, n_head=3)).eval()
+    room = 2 * cache.block_bytes(model, 16, torch.float32)  # three blocks of two heads, six of one
+    parallel.tensor_parallel(model, init_device_mesh("cpu", (world.size,)))
+    cache._free_memory = lambda device: float(room)
+    engine = Engine(model, max_batch=64)
+    params = SamplingParams(max_tokens=8)
+    mine = engine.stats()["num_blocks"], engine._request([1], params).seed
+    each: list = [None] * world.size
+    dist.all_gather_object(each, mine)
+    assert each[0] == each[1] and mine[0] == 3, each
+    assert engine._request([1], params).seed != mine[1]
+    texts = [c.outputs[0].tokens for c in engine.generate([[1, 2], [3]], params)]
+    dist.all_gather_object(each, texts)
+    assert each[0] == each[1], each
+
+
 def rows(world: World, folder: str) -> None:
     """A row of what three processes add has the same bits alone and among others."""
     mesh = init_device_mesh("cpu", (world.size,))
@@ -144,6 +163,7 @@ def failure(world: World, folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    of_two, of_three = (data_parallel, resume, tensor_parallel, defaults, failure), (resume, rows)
     with parallel.world("cpu") as world:
-        for part in (data_parallel, resume, tensor_parallel, failure) if world.size == 2 else (resume, rows):
+        for part in of_two if world.size == 2 else of_three:
             part(world, sys.argv[1])
