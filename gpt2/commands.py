@@ -43,11 +43,10 @@ def load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
 
     from gpt2.model import GPT2
     from gpt2.tokenizer import load_tokenizer
+    from gpt2.weights import device_of
     from gpt2_kernels import _runtime
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device must exist, got {options.device!r} with {torch.cuda.device_count()} GPUs")
+    device = device_of(options.device, "--device")
     if options.dtype == "int8" and device.type != "cpu":
         raise ValueError(f"--dtype int8 is for CPUs, got --device {device}")
     default = torch.bfloat16 if device.type == "cuda" else _runtime.cpu_dtype()

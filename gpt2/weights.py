@@ -42,6 +42,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 STORYBOOK = Path(__file__).parent / "storybook"  # the model that ships with the package
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+OLDEST_GPU = 8, 0  # compute capability from which on the kernels compile
 
 _PREFIX = "transformer."
 _HEAD = "lm_head.weight"  # the output embedding, where a checkpoint repeats the input embedding under its second name
@@ -80,15 +81,15 @@ def load(
 ) -> Model:
     """`cls(config)` with the weights of a preset or folder, in eval mode.
 
-    `cls` is any module whose parameters are named and shaped as `shapes(config)` says. `device` None is the GPU where
-    there is one; `dtype` None is that of the file (float32 where the file mixes several, or holds float64).
+    `cls` is any module whose parameters are named and shaped as `shapes(config)` says. `device` is as for
+    `device_of`; `dtype` None is that of the file (float32 where the file mixes several, or holds float64).
 
     Raises ValueError naming the file or the tensors, and loads nothing, where anything is missing, unknown, of another
     shape, truncated, or refused.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"from_pretrained: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-    target = _device(device)
+    target = device_of(device, "from_pretrained: device")
     folder = resolve(name_or_path)
     checkpoint = nanogpt_checkpoint(folder)
     if checkpoint is None:
@@ -191,16 +192,33 @@ class _NoRandomStart(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_of(device: str | torch.device | None, option: str) -> torch.device:
+    """The device of that name; None is the GPU where there is one that the kernels compile for, else the CPU.
+
+    Raises ValueError that begins with `option` for what is no device, is not here, or is too old a GPU.
+    """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= OLDEST_GPU
+        return torch.device("cuda" if usable else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError as e:
-        raise ValueError(f"from_pretrained: device {device!r}: {_reason(e)}") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"from_pretrained: device must be one that is here, got {device!r}, and there is no GPU")
+        raise ValueError(f"{option} {device!r}: {_reason(e)}") from None
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if (found.index or 0) >= count:
+            raise ValueError(f"{option} must exist, got '{found}' with {count} GPUs")
+        capability = torch.cuda.get_device_capability(found)
+        if capability < OLDEST_GPU:
+            raise ValueError(
+                f"{option} must be a GPU of compute capability {_version(OLDEST_GPU)} or later, "
+                f"got '{found}', which has {_version(capability)}"
+            )
     return found
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
 
 
 def _download(name: str) -> Path:
