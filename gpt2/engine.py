@@ -143,7 +143,8 @@ class Engine:
         """Compute one step for all running requests; returns those that it finished.
 
         An error inside a step ends every request: their blocks are given back, the error is raised, and the engine can
-        be used again.
+        be used again. Not so where the GPU takes no more work from this process, as after an illegal access to memory:
+        every step with work to do raises then, and only a new process helps.
         """
         try:
             self._advance()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -500,6 +501,27 @@ def test_a_failing_step_is_told_and_survived(slow: Slow) -> None:
         assert "the engine failed: out of luck" in answer and "[DONE]" not in answer
         assert post(url, prompt="a", max_tokens=9)[0] == 200
         until(lambda: idle_and_whole(url))
+
+
+def test_a_lost_gpu_ends_the_engine(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it takes no more work nothing would succeed again, and /health says so; other errors are survived."""
+    synchronized: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    gpu = torch.device("cuda", 1)
+    with serving(create_app(slow, "tiny")) as url:
+        slow.model = types.SimpleNamespace(device=gpu, config=slow.model.config)  # type: ignore[assignment]
+        slow.fail = True
+        assert post(url, prompt="a", max_tokens=9)[0] == 503
+        assert synchronized == [gpu] and ask(url, "GET", "/health")[0] == 200
+
+        def synchronize(device: torch.device) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        slow.fail = True
+        status, content = post(url, prompt="a", max_tokens=9)
+        assert status == 503 and content["error"]["message"] == "the engine has stopped"
+        assert ask(url, "GET", "/health")[0] == 503
 
 
 def test_an_engine_that_stopped_is_told(engine: Engine) -> None:

@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
+
 from gpt2.engine import Engine
 from gpt2.request import Completion, Output
 from gpt2.sampling import SamplingParams
@@ -103,6 +105,8 @@ class Worker:
                     future.set_result(work())
                 except Exception as e:
                     future.set_exception(e)
+                    if isinstance(e, RuntimeError):  # as PyTorch raises them
+                        self._check_device()
 
         self._inbox.put(task)
         if self._stopped:  # the thread may have looked into the inbox for the last time
@@ -149,6 +153,7 @@ class Worker:
             completions = self.engine.step()
         except Exception as e:  # it ended every request; what was finished before comes with the next step
             traceback.print_exc(file=sys.stderr)
+            self._check_device()
             failure = EngineError(f"the engine failed: {e}")
             completions = self.engine.step()
         changed: set[Job] = set()
@@ -168,6 +173,12 @@ class Worker:
         _wake(changed)
         if failure:
             self._fail(failure)
+
+    def _check_device(self) -> None:
+        """Raise, and so end the thread, where the GPU takes no more work from this process, as after an illegal access."""
+        device = self.engine.model.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def _add(self, job: Job) -> None:
         numbers: list[int] = []
