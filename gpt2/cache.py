@@ -11,7 +11,7 @@ from torch import Tensor
 from gpt2.model import GPT2, LayerCache, PagedBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 FLOAT8 = torch.float8_e4m3fn
 CALIBRATION_TOKENS = 256
@@ -33,6 +33,10 @@ class PagedCache:
         dtype = dtype or model.dtype
         if dtype not in (model.dtype, FLOAT8):
             raise ValueError(f"Engine: cache_dtype must be {model.dtype} or {FLOAT8}, got {dtype}")
+        on_gpu = model.device.type == "cuda"
+        if dtype == FLOAT8 and on_gpu and (capability := torch.cuda.get_device_capability(model.device)) < (8, 9):
+            need = f"a {FLOAT8} cache needs a GPU of compute capability 8.9 or later"
+            raise ValueError(f"Engine: {need}, got {'{}.{}'.format(*capability)}")
         bytes_a_block = block_bytes(model, block_size, dtype)
         if num_blocks is None:
             most = max_batch * -(-config.n_positions // block_size)
@@ -47,6 +51,8 @@ class PagedCache:
         shape = (config.n_layer, 2, num_blocks, model.cache_heads, block_size, config.head_dim)
         storage = torch.empty(shape, dtype=dtype, device=model.device)
         self._bytes = storage.view(torch.uint8)  # contents to be moved, whatever they mean
+        # Memory once pinned stays pinned, and all programs of the computer have that much less.
+        self._most_pinned = int(_free_memory(torch.device("cpu"))) if on_gpu else 0
         self.layers = [
             LayerCache(kv[0].transpose(1, 2), kv[1].transpose(1, 2), *of_layer) for kv, of_layer in zip(storage, scales)
         ]
@@ -56,13 +62,17 @@ class PagedCache:
         source, target = self._indices([list(p) for p in zip(*pairs)])
         self._bytes.index_copy_(2, target, self._bytes.index_select(2, source))
 
-    def save(self, blocks: list[int]) -> Tensor:
-        """The contents of blocks, in host memory once the device has come so far."""
+    def save(self, blocks: list[int], held: Iterable[Tensor]) -> Tensor:
+        """The contents of blocks, in host memory once the device has come so far; `held` is what it returned before.
+
+        It is pinned memory, to which the device copies while both go on, as long as there is enough; past that the host
+        waits for a copy to memory of the ordinary kind.
+        """
         found = self._bytes.index_select(2, self._indices(blocks))
         if found.device.type == "cpu":
             return found
-        kept = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-        return kept.copy_(found, non_blocking=True)
+        pinned = sum(_pinned_bytes(contents) for contents in held if contents.is_pinned())
+        return to_host(found, self._most_pinned - pinned)
 
     def restore(self, blocks: list[int], contents: Tensor, first: int) -> None:
         """Fill blocks with what `save` returned, from index `first` on."""
@@ -73,6 +83,26 @@ class PagedCache:
 
     def _indices(self, values: list) -> Tensor:
         return upload(values, torch.int64, self._bytes.device)
+
+
+def to_host(tensor: Tensor, most_pinned: int) -> Tensor:
+    """A copy in pinned memory, there once the device has come so far; else in pageable memory, and there at once.
+
+    Pageable where it would take more than most_pinned bytes, or the system pins no more.
+    """
+    if _pinned_bytes(tensor) <= most_pinned:
+        try:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        except RuntimeError:
+            pass
+        else:
+            return kept.copy_(tensor, non_blocking=True)
+    return tensor.cpu()
+
+
+def _pinned_bytes(tensor: Tensor) -> int:
+    """What PyTorch takes for such a tensor in pinned memory: a power of two."""
+    return 1 << (tensor.nbytes - 1).bit_length()
 
 
 def agree(model: GPT2, value: int) -> int:
@@ -133,6 +163,7 @@ def _calibrate(model: GPT2) -> list[tuple[Tensor, Tensor]]:
 def _free_memory(device: torch.device) -> float:
     """Bytes that the cache may take: most of what a GPU has free, or a third of what a computer has."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps of tensors that are gone, an earlier engine's, is free too
         return 0.85 * torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:

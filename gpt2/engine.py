@@ -306,10 +306,14 @@ class Engine:
                 self._read(started)
 
     def _start(self, plan: Plan) -> list[Started]:
-        """Have the device carry out a plan; on a GPU nothing here waits for it, but for the capture of a new graph."""
+        """Have the device carry out a plan.
+
+        On a GPU nothing here waits for it, but for the capture of a new graph and for blocks that pinned memory has no
+        room for.
+        """
         decoder, cache = self._decoder, self._cache
         for text, blocks in plan.swap_out:
-            self._swapped[text] = cache.save(blocks)
+            self._swapped[text] = cache.save(blocks, self._swapped.values())
         for text, first in plan.swap_in:
             cache.restore(text.blocks, self._swapped.pop(text), first)
         if plan.copies:
