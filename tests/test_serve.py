@@ -40,6 +40,7 @@ from gpt2 import (  # noqa: E402
     explorer,
     load_tokenizer,
 )
+from gpt2.decode import Decoder  # noqa: E402
 from gpt2.explorer import api  # noqa: E402
 from gpt2.explorer.server import Limits, create_app  # noqa: E402
 from gpt2.tokenizer import STORYBOOK  # noqa: E402
@@ -501,6 +502,15 @@ def test_a_failing_step_is_told_and_survived(slow: Slow) -> None:
         assert "the engine failed: out of luck" in answer and "[DONE]" not in answer
         assert post(url, prompt="a", max_tokens=9)[0] == 200
         until(lambda: idle_and_whole(url))
+
+
+def test_the_warm_up_decodes(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token comes with the prompt: with one alone the first client would wait for the kernels of decoding."""
+    steps: list[int] = []
+    run = Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda self, count: steps.append(count) or run(self, count))
+    explorer.warm_up(model)
+    assert sum(steps) == 1
 
 
 def test_a_lost_gpu_ends_the_engine(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:

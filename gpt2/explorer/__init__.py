@@ -10,8 +10,12 @@ import ipaddress
 import pathlib
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 from gpt2.commands import load
+
+if TYPE_CHECKING:
+    from gpt2.model import GPT2
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
@@ -37,9 +41,8 @@ def serve(options: argparse.Namespace) -> None:
         model, tokenizer = load(options)
 
         from gpt2.engine import Engine
-        from gpt2.sampling import SamplingParams
 
-        Engine(model, num_blocks=1).generate([[]], SamplingParams(max_tokens=1))  # compiles what is not compiled yet
+        warm_up(model)
         app = create_app(
             Engine(model, tokenizer, max_batch=options.max_batch),
             name,
@@ -72,6 +75,14 @@ def serve(options: argparse.Namespace) -> None:
             flush=True,
         )
         Server(config).run(sockets=[listener])
+
+
+def warm_up(model: GPT2) -> None:
+    """Compile what is not compiled yet: a prompt's kernels, and a second token's, which is the first by decoding."""
+    from gpt2.engine import Engine
+    from gpt2.sampling import SamplingParams
+
+    Engine(model, max_batch=1, num_blocks=1).generate([[]], SamplingParams(max_tokens=2, ignore_eos=True))
 
 
 def _key(given: str | None) -> str | None:

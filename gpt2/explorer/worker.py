@@ -175,7 +175,10 @@ class Worker:
             self._fail(failure)
 
     def _check_device(self) -> None:
-        """Raise, and so end the thread, where the GPU takes no more work from this process, as after an illegal access."""
+        """Raise, which ends the thread, where the GPU takes no more work from this process.
+
+        So it is after an illegal access to memory; not where it had too little memory left, say.
+        """
         device = self.engine.model.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
