@@ -2,11 +2,14 @@
 
     prompts -> Scheduler (ints) -> prefill / Decoder (tensors) -> tokens -> stop checks, text -> Completion
 
-Requests join and leave between steps (continuous batching, Yu et al., 2022). Every batch is ragged: no padding, so the
-tokens of a request are a function of the weights, its prompt and its parameters alone.
+Requests join and leave between steps (continuous batching, Yu et al., 2022). Every batch is ragged: texts are not
+padded to a common length, and no sum changes its order with the other rows, so the tokens of a request are a function
+of the weights, its prompt and its parameters alone. Idle rows, of which nothing is kept, fill a CUDA graph up to its
+size of batch.
 
 A step of the engine plans, has the device start on the plan, and then reads the tokens of the plan before: on a GPU,
-which gets DECODE_STEPS tokens of each text to do at a time, the host works while the device does.
+which gets DECODE_STEPS tokens of each text to do at a time (one while prompts are being read), the host works while the
+device does.
 """
 
 from __future__ import annotations

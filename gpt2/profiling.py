@@ -2,8 +2,10 @@
 
 Every operator of `gpt2_kernels` is a range of its own in it, by its own name (`gpt2_kernels::linear`): it is called
 through PyTorch's dispatcher, which the profiler watches while it runs, so nothing is paid where nothing is profiled. On
-a GPU the kernels that it launched stand below. A CPU that computes a layer in one call has one range for it,
-`gpt2_kernels_cpu::paged_layer_`. Open the file at https://ui.perfetto.dev or chrome://tracing.
+a GPU the kernels that it launched stand below. A step of decoding that is replayed as a CUDA graph passes no
+dispatcher: it is one launch, with all its kernels below, and `Engine(model, cuda_graphs=False)` has the ranges. A CPU
+that computes a layer in one call has one range for it, `gpt2_kernels_cpu::paged_layer_`. Open the file at
+https://ui.perfetto.dev or chrome://tracing.
 """
 
 from __future__ import annotations
@@ -42,7 +44,15 @@ def _record(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # what was launched inside belongs into the trace
+        _wait_for_gpus()  # what was launched inside belongs into the trace
         profiler.stop()
         profiler.export_chrome_trace(str(target))
+
+
+def _wait_for_gpus() -> None:
+    """Wait for every GPU in use, one on which this process has memory: the current one need not be among them."""
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        if torch.cuda.memory_reserved(index):
+            torch.cuda.synchronize(index)

@@ -44,6 +44,17 @@ def test_the_trace_is_written_when_the_block_fails(tmp_path: Path) -> None:
     assert "gpt2_kernels::layer_norm" in names(trace)
 
 
+def test_the_gpus_in_use_are_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`--device cuda:1` leaves cuda:0 the current one."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 2**20 * (index == 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited.extend(device or [0]))
+    with profile(tmp_path / "trace.json"):
+        pass
+    assert waited == [1]
+
+
 @pytest.mark.parametrize("name", ["trace.txt", "missing/trace.json", "folder.json"])
 def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.json").mkdir()
