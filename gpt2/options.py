@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="train a model, or train one on",
         description="Train a GPT-2 on a text; the result is RUN/final, a folder for --model. The same command with "
-        "--resume goes on after an interruption, bit for bit. Under torchrun it uses all processes.",
+        "--resume goes on after an interruption, bit for bit but with --compile on a GPU. Under torchrun it uses all "
+        "processes.",
         argument_default=argparse.SUPPRESS,  # what is not given keeps Recipe's default
     )
     what = train.add_argument_group("what is learned")
@@ -100,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
         "--parallel", choices=("ddp", "fsdp"), help="under torchrun: weights whole or shared (default ddp)"
     )
     how.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more work")
-    how.add_argument("--compile", action="store_true", help="torch.compile")
+    how.add_argument(
+        "--compile", action="store_true", help="torch.compile; on a GPU two runs then differ in the last bits"
+    )
     kept = train.add_argument_group("what is kept")
     kept.add_argument("--out", required=True, metavar="RUN", help="folder of the run: checkpoints, metrics, final")
     kept.add_argument("--resume", action="store_true", default=False, help="go on where RUN was interrupted")

@@ -76,7 +76,7 @@ class Trainer:
         first = start + world.rank * share_of_batch
         total = torch.zeros((), device=world.device)
         for i in range(0, share_of_batch, self.at_a_time):
-            x, y = (t.to(world.device) for t in self.windows.batch(first + i, self.at_a_time))
+            x, y = (self._on_device(t) for t in self.windows.batch(first + i, self.at_a_time))
             counted = self.windows.targets(first + i, self.at_a_time)
             last = i + self.at_a_time == share_of_batch
             wait = isinstance(self.objective, DistributedDataParallel) and not last
@@ -95,6 +95,12 @@ class Trainer:
         self._clear()
         self.step += 1
         return loss_sum, norm, round(signals / stops) if stops else 0
+
+    def _on_device(self, tokens: Tensor) -> Tensor:
+        """The same on the device; to a GPU through pinned memory, so that the host does not wait."""
+        if self.world.device.type == "cpu":
+            return tokens
+        return tokens.pin_memory().to(self.world.device, non_blocking=True)
 
     def _settle_buckets(self) -> None:
         """A backward pass whose gradients are dropped, so that DDP adds in one order from the first update on.
@@ -117,7 +123,7 @@ class Trainer:
         total, count = 0.0, 0
         for x, y in data.consecutive(tokens, self.windows.context, self.at_a_time * self.world.size):
             mine = slice(self.world.rank * self.at_a_time, (self.world.rank + 1) * self.at_a_time)
-            loss = self.model.loss(x[mine].to(self.world.device), y[mine].to(self.world.device))
+            loss = self.model.loss(self._on_device(x[mine]), self._on_device(y[mine]))
             counted = int((y[mine] != data.IGNORED).sum())
             total, count = total + (float(loss) * counted if counted else 0.0), count + counted
         total, tokens_seen = self.world.sum(total, float(count))

@@ -91,6 +91,8 @@ class _Run:
             _check_same(recipe, trainer.config, state)
             trainer.restore(path, state["step"])
             self.say(f"going on after step {state['step']} of {recipe.steps} ({path})")
+            if (before := state["processes"]) != world.size:
+                self.say(f"there were {before} processes and there are {world.size}: the last bits will differ")
         else:
             self.say(
                 f"{trainer.config.num_parameters:,} parameters, {len(trainer.windows.tokens):,} tokens, {recipe.steps} "
@@ -107,7 +109,8 @@ class _Run:
 
     def _loop(self, received: list[int]) -> int:
         trainer, recipe = self.trainer, self.recipe
-        logged, since, last_step = trainer.step, time.perf_counter(), recipe.steps
+        first, last_step = trainer.step + 1, recipe.steps
+        logged, since = trainer.step, time.perf_counter()
         while trainer.step < last_step:
             try:
                 loss, norm, stop = trainer.update(received[0] if received else 0)
@@ -117,6 +120,8 @@ class _Run:
             if step % recipe.log_every == 0 or step == last_step:
                 speed = (step - logged) / (time.perf_counter() - since)
                 self._progress(step, loss, norm, speed)
+                logged, since = step, time.perf_counter()
+            elif step == first:  # kernels were compiled: it counts in no rate, unless a line tells of it alone
                 logged, since = step, time.perf_counter()
             paused = time.perf_counter()
             if step % self.every == 0 or step == last_step:

@@ -9,10 +9,12 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,8 +188,8 @@ def test_activations_are_really_computed_again(text: str, folder: str, monkeypat
     import gpt2_kernels as ops
 
     calls = []
-    attention = ops.attention
-    monkeypatch.setattr(ops, "attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    attention = ops.attention_qkvpacked
+    monkeypatch.setattr(ops, "attention_qkvpacked", lambda *a, **k: calls.append(1) or attention(*a, **k))
     trainer(text, folder, checkpoint_activations=True).update()
     assert len(calls) == 2 * 2  # forward and again, in two layers
 
@@ -375,6 +377,37 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
     assert "optimizer.pt is cut short or changed): the checkpoint before it is used" in err
     assert "going on after step 4 of 6" in err
     assert_same_state(*(tmp_path / name / "checkpoints" / "step-00000006" for name in ("clean", "run")))
+
+
+def test_another_number_of_processes_is_said(
+    capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path
+) -> None:
+    assert run(capsys, text, folder, tmp_path, save_every=3)[0] == 0
+    checkpoints = tmp_path / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000006")
+    state = json.loads((checkpoints / "step-00000003" / "state.json").read_text())
+    (checkpoints / "step-00000003" / "state.json").write_text(json.dumps({**state, "processes": 8}))
+    status, err = run(capsys, text, folder, tmp_path, save_every=3, resume=True)
+    assert status == 0 and "there were 8 processes and there are 1: the last bits will differ" in err
+
+
+def test_the_first_step_is_in_no_rate(
+    capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compiles, for minutes perhaps. Here it takes an hour, and each of the others a second."""
+    clock = [0.0]
+    update = Trainer.update
+
+    def timed(self: Trainer, stop: int = 0) -> tuple[float, float, int]:
+        clock[0] += 3600 if self.step == 0 else 1
+        return update(self, stop)
+
+    monkeypatch.setattr(Trainer, "update", timed)
+    monkeypatch.setattr(training, "matmul_ceiling", lambda device, dtype: 1e9)
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert run(capsys, text, folder, tmp_path, log_every=3)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens_per_second"] for line in lines if "loss" in line] == [64.0, 64.0]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
