@@ -69,6 +69,11 @@ def cases() -> dict[str, Callable[[], object]]:
     for dtype, activation in itertools.product((torch.bfloat16, torch.float32), ("", "gelu_tanh", "gelu")):
         name = f"linear_backward {activation or 'plain'} {SHORT[dtype]}"
         found[name] = lambda dtype=dtype, activation=activation: _linear_backward(768, 3072, dtype, activation)
+    for dtype, (K, N) in itertools.product((torch.bfloat16, torch.float32), ((768, 2304), (3072, 768), (768, 50257))):
+        name = f"linear decode {K}x{N} {SHORT[dtype]}"
+        found[name] = lambda K=K, N=N, dtype=dtype: _linear(K, N, dtype, None, residual=N == 768, decode=True)
+    found["linear decode gelu_tanh bf16"] = lambda: _linear(768, 3072, torch.bfloat16, "gelu_tanh", decode=True)
+    found["linear decode 336x80 gelu bf16"] = lambda: _linear(336, 80, torch.bfloat16, "gelu", decode=True)
     found["linear 768x768 residual bf16"] = lambda: _linear(768, 768, torch.bfloat16, None, residual=True)
     found["linear gelu_tanh kept bf16"] = lambda: _linear_kept(768, 3072, torch.bfloat16, "gelu_tanh")
     found["linear 100x70 gelu_tanh bf16"] = lambda: _linear(100, 70, torch.bfloat16, "gelu_tanh")
@@ -156,10 +161,19 @@ def _norm_backward(C: int, dtype: torch.dtype, add: bool, M: int = 64) -> object
     return backward(x, x if add else None, x, weight, statistics, True, True, True)
 
 
-def _linear(K: int, N: int, dtype: torch.dtype, activation: str | None, M: int = 64, residual: bool = False) -> Tensor:
-    weight, bias = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype)
+def _linear(
+    K: int,
+    N: int,
+    dtype: torch.dtype,
+    activation: str | None,
+    M: int = 64,
+    *,
+    residual: bool = False,
+    decode: bool = False,
+) -> Tensor:
+    x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
     other = torch.empty(M, N, dtype=dtype) if residual else None
-    return ops.linear(torch.empty(M, K, dtype=dtype), weight, bias, activation=activation, residual=other)
+    return ops.linear(x, weight, bias, activation=activation, residual=other, decode=decode)
 
 
 def _linear_kept(K: int, N: int, dtype: torch.dtype, activation: str) -> object:

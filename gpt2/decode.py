@@ -58,7 +58,8 @@ class Rows:
             history = torch.zeros((len(samples), vocabulary), dtype=torch.bool, device=device)
             rows = [i for i, (s, p) in enumerate(zip(sequences, penalties)) if p != 1.0 for _ in s.tokens]
             tokens = [token for s, p in zip(sequences, penalties) if p != 1.0 for token in s.tokens]
-            history[tuple(upload([rows, tokens], torch.int64, device))] = True
+            where = tuple(upload([rows, tokens], torch.int64, device))
+            history[where] = history.new_ones(())  # a Python number would be copied, and waited for
         return Rows(
             upload(ints, torch.int64, device),
             upload(floats, torch.float32, device),
@@ -270,7 +271,7 @@ class Decoder:
             cu_seqlens=self._starts[: n + 1],
             max_seqlen=1,
         )
-        logits = self.model.logits(self.model.forward_paged(batch, self.cache.layers))
+        logits = self.model.logits(self.model.forward_paged(batch, self.cache.layers), decode=True)
         drawn, logprobs, likeliest = rows.draw(logits, top)
         if likeliest is not None:
             for kept, values in zip(self._details[top], (logprobs, *likeliest)):
@@ -297,13 +298,18 @@ class Decoder:
             self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         # One stream for all of it: a step outside the graph first, which compiles and loads every kernel and leaves
         # paged_attention's tickets where the graph will find them.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            self._step(n, penalties, top)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        stream, pool = self._stream, self._pool
+        self._stream = self._pool = None  # for good, if this fails: a capture that broke off still holds them
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.stream(stream):
                 self._step(n, penalties, top)
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    self._step(n, penalties, top)
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._stream, self._pool = stream, pool
         return graph
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,13 @@ import gpt2_kernels as ops
 from gpt2.config import GPT2Config
 
 Attend = Callable[[Tensor], Tensor]  # qkv (..., 3, H, D) -> (..., H, D)
+
+# How `gpt2_kernels.linear` multiplies. A prompt's tokens and generated ones have an order of additions each, whatever
+# else is in the batch; training has none to keep.
+Products = Mapping[str, Any]
+PROMPT: Products = {}
+DECODE: Products = {"decode": True}
+TRAINING: Products = {"batch_invariant": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +57,9 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, residual: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
-        qkv = linear(self.c_attn, x, batch_invariant).unflatten(-1, self.heads)  # (..., 3, H, D)
-        return linear(self.c_proj, attend(qkv).flatten(-2), batch_invariant, residual=residual)
+    def forward(self, x: Tensor, residual: Tensor, attend: Attend, products: Products = PROMPT) -> Tensor:
+        qkv = linear(self.c_attn, x, products).unflatten(-1, self.heads)  # (..., 3, H, D)
+        return linear(self.c_proj, attend(qkv).flatten(-2), products, residual=residual)
 
 
 class MLP(nn.Module):
@@ -64,7 +71,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.mlp_width)
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd)
 
-    def forward(self, x: Tensor, residual: Tensor, batch_invariant: bool = True) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, products: Products = PROMPT) -> Tensor:
         w1, w2 = self.c_fc, self.c_proj
         if w1.weight.dtype == torch.int8:
             hidden = linear(w1, x, activation="gelu_tanh" if self.approximate == "tanh" else "gelu")
@@ -77,7 +84,7 @@ class MLP(nn.Module):
             w2.bias,
             approximate=self.approximate,
             residual=residual,
-            batch_invariant=batch_invariant,
+            **products,
         )
 
 
@@ -91,20 +98,20 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Attend, batch_invariant: bool = True) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, products: Products = PROMPT) -> Tensor:
         normed, x = normalize(self.ln_1, x, prenorm=True)
-        x = self.attn(normed, x, attend, batch_invariant)
+        x = self.attn(normed, x, attend, products)
         normed, x = normalize(self.ln_2, x, prenorm=True)
-        return self.mlp(normed, x, batch_invariant)
+        return self.mlp(normed, x, products)
 
 
-def linear(layer: nn.Module, x: Tensor, batch_invariant: bool = True, **options: Any) -> Tensor:
+def linear(layer: nn.Module, x: Tensor, products: Products = PROMPT, **epilogue: Any) -> Tensor:
     """The product with a layer's weight, and its bias if it has one; in int8 where `GPT2.quantize_` made it so."""
     weight: Any = layer.weight
     bias = getattr(layer, "bias", None)
     if weight.dtype == torch.int8:
-        return ops.linear_int8(x, weight, layer.get_buffer("weight_scale"), bias, **options)
-    return ops.linear(x, weight, bias, batch_invariant=batch_invariant, **options)
+        return ops.linear_int8(x, weight, layer.get_buffer("weight_scale"), bias, **epilogue)
+    return ops.linear(x, weight, bias, **products, **epilogue)
 
 
 def normalize(norm: nn.LayerNorm, x: Tensor, **options: Any) -> Any:

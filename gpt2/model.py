@@ -21,7 +21,19 @@ from torch import Tensor, nn
 import gpt2_kernels as ops
 from gpt2 import weights
 from gpt2.config import GPT2Config
-from gpt2.layer import Block, LayerCache, PagedBatch, attend_paged, in_one_call, linear, normalize, plain_block
+from gpt2.layer import (
+    DECODE,
+    PROMPT,
+    TRAINING,
+    Block,
+    LayerCache,
+    PagedBatch,
+    attend_paged,
+    in_one_call,
+    linear,
+    normalize,
+    plain_block,
+)
 from gpt2.reference import initialize
 
 Watch = Callable[[int, Tensor, Tensor, float, Tensor], None]  # layer, q, k, scale, logsumexp
@@ -122,7 +134,7 @@ class GPT2(nn.Module):
                     watch(layer, qkv[:, :, 0], qkv[:, :, 1], scale, y[1])
                 return y if isinstance(y, Tensor) else y[0]
 
-            x = block(x, attend, batch_invariant)
+            x = block(x, attend, PROMPT if batch_invariant else TRAINING)
         return normalize(self.ln_f, x)
 
     def hidden_packed(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -167,18 +179,19 @@ class GPT2(nn.Module):
             and not nn.modules.module._has_any_global_hook()
         )
         heads, eps = (3, *cache[0].keys.shape[2:]), self.config.layer_norm_epsilon
+        products = DECODE if batch.max_seqlen == 1 else PROMPT
         for layer, block in enumerate(self.h):
             scale = self.config.attention_scale(layer)
             plain = plain_block(block, heads, eps) if fits else None
             if plain is None:
-                x = block(x, functools.partial(attend_paged, batch=batch, cache=cache[layer], scale=scale))
+                x = block(x, functools.partial(attend_paged, batch=batch, cache=cache[layer], scale=scale), products)
             else:
                 x = in_one_call(x, plain, batch, cache[layer], scale=scale, eps=eps)
         return normalize(self.ln_f, x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores (..., V) of every token: the output embedding is the input embedding."""
-        return linear(self.wte, hidden)
+    def logits(self, hidden: Tensor, *, decode: bool = False) -> Tensor:
+        """Scores (..., V) of every token: the output embedding is the input embedding. decode: of generated tokens."""
+        return linear(self.wte, hidden, DECODE if decode else PROMPT)
 
     @torch.no_grad()
     def generate(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import random_checkpoint, tiny_config, transformers_model
 
+import gpt2_kernels as ops
 from gpt2 import GPT2, Engine, ReferenceGPT2, SamplingParams, load_tokenizer
 from gpt2.text import TextStream
 
@@ -292,9 +293,29 @@ def test_a_token_without_a_text(folder: Path, model: GPT2) -> None:
 def test_nothing_is_recorded_for_gradients(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = model.logits
-    monkeypatch.setattr(model, "logits", lambda hidden: seen.append(real(hidden)) or seen[-1])
+    monkeypatch.setattr(model, "logits", lambda hidden, **how: seen.append(real(hidden, **how)) or seen[-1])
     Engine(model, num_blocks=64).generate([[1]], GREEDY)
     assert seen and not any(logits.requires_grad for logits in seen)
+
+
+def test_products_of_prompts_and_of_generated_tokens(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a kernel of its own: a token's bits depend on which it is, and on nothing else."""
+    engine = Engine(model, num_blocks=64, cuda_graphs=False)  # replays of graphs would not be seen
+    seen: list[list[bool]] = []
+    monkeypatch.setattr(ops, "has_paged_layer", lambda x: False)
+    for name in ("linear", "gelu_mlp"):
+        real = getattr(ops, name)
+
+        def watched(*args: Any, real: Any = real, decode: bool = False, **options: Any) -> torch.Tensor:
+            seen[-1].append(decode)
+            return real(*args, decode=decode, **options)
+
+        monkeypatch.setattr(ops, name, watched)
+    forward = model.forward_paged
+    monkeypatch.setattr(model, "forward_paged", lambda b, c: seen.append([]) or forward(b, c))
+    engine.generate([[1]], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+    products = 3 * model.config.n_layer + 1  # of attention two, the MLP as one, and the logits
+    assert seen == [[False] * products, [True] * products, [True] * products]
 
 
 def test_a_prompt_is_always_prefill(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from gpt2_kernels import _native, _runtime, gemm
+from gpt2_kernels import _linear_decode, _native, _runtime, gemm
 
 SHAPES = [
     (1, 96, 80),  # one row: decode
@@ -337,6 +337,85 @@ def test_only_wanted_gradients_are_made(path: torch.device, wanted: str) -> None
         t.requires_grad_()
     (among,) = torch.autograd.grad(ops.gelu_mlp(**tensors).square().sum(), tensors[wanted])
     torch.testing.assert_close(alone, among)
+
+
+# --- decode ---------------------------------------------------------------------------------------------------------
+
+DECODED = [
+    (1, 300, 70),  # two splits, the last one short; ragged everywhere
+    (5, 1024, 64),  # splits of equal length
+    (70, 256, 200),  # two tiles of rows
+    (3, 40, 9),  # one split
+]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", DECODED, ids=str)
+def test_decode(path: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, transposed: bool) -> None:
+    x, weight, bias, residual = inputs(path, dtype, *shape)
+    weight = weight.T.contiguous().T if transposed else weight
+    for options in ({}, {"bias": bias, "activation": "gelu_tanh", "residual": residual}, {"activation": "gelu"}):
+        found = ops.linear(x, weight, decode=True, **options)
+        theirs = torch_linear(x, weight, **{"bias": None, **options})
+        exact = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
+        assert_accurate(found, theirs, torch_linear(x.double(), weight.double(), **{"bias": None, **exact}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decode_is_batch_invariant(path: torch.device, dtype: torch.dtype) -> None:
+    """Through the parts of several splits, and twice: whoever comes last leaves the tickets as they were."""
+    if not ops.path_of("linear", path.type).startswith("Triton"):
+        pytest.skip("decode is a kernel of its own on a GPU alone")
+    x, w1, b1, _ = inputs(path, dtype, 130, 384, 136)
+    _, w2, b2, residual = inputs(path, dtype, 130, 136, 384)
+    assert _linear_decode.splits_of(136, 384, 64, 64)[0] > 1
+    together = ops.gelu_mlp(x, w1, b1, w2, b2, residual=residual, decode=True)
+    for size in (1, 33, 130):
+        parts = zip(x.split(size), residual.split(size))
+        apart = [ops.gelu_mlp(a, w1, b1, w2, b2, residual=r, decode=True) for a, r in parts]
+        assert torch.equal(torch.cat(apart), together), f"in batches of {size}"
+
+
+def test_decode_gives_its_tickets_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One buffer serves launch after launch, of any shape; scratch that nobody wrote is not read."""
+    if not ops.path_of("linear", "cpu").startswith("Triton"):
+        pytest.skip("counts programs of the interpreter")
+    tickets = torch.zeros(100, dtype=torch.int32)
+    monkeypatch.setattr(_runtime, "tickets", lambda number, device: tickets)
+    for M, K, N in DECODED:
+        x, weight, bias, _ = inputs(torch.device("cpu"), torch.float32, M, K, N)
+        torch.full((40, M, N), torch.nan)
+        torch.testing.assert_close(ops.linear(x, weight, bias, decode=True), F.linear(x, weight, bias))
+        assert not tickets.any()
+
+
+def test_splits_depend_on_the_weight_alone_and_fill_a_gpu() -> None:
+    for N, K, splits, split_k in [
+        (2304, 768, 4, 192), (768, 768, 6, 128), (3072, 768, 3, 256), (768, 3072, 12, 256), (50257, 768, 1, 768),
+        (4800, 1600, 2, 832), (1600, 6400, 6, 1088), (7, 5, 1, 64),
+    ]:  # fmt: skip
+        assert _linear_decode.splits_of(N, K, 64, 64) == (splits, split_k)
+
+
+def test_decode_of_nothing_and_of_gradients(path: torch.device) -> None:
+    x, weight, bias, _ = inputs(path, torch.float32, 4, 16, 24)
+    assert ops.linear(x[:0], weight, bias, decode=True).shape == (0, 24)
+    assert ops.linear(x, weight[:0], decode=True).shape == (4, 0)
+    assert torch.equal(
+        ops.linear(x.view(2, 2, 16), weight, decode=True).view(4, 24), ops.linear(x, weight, decode=True)
+    )
+    for call in (
+        lambda: ops.linear(x.requires_grad_(), weight, decode=True),
+        lambda: ops.gelu_mlp(x.requires_grad_(), weight, bias, weight.T, bias[:16], decode=True),
+    ):
+        with pytest.raises(
+            ValueError, match=r"(linear|gelu_mlp): decode must be without gradients .* got requires_grad"
+        ):
+            call()
+
+
+# --- gradients of weights -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transposed", [False, True])

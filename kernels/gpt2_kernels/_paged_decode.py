@@ -38,6 +38,7 @@ ONE_HEAD = {
     (0, 2, 128): (256, 64, 4, 1),
     (0, 2, 256): (256, 32, 4, 1),
     (0, 4, 64): (256, 128, 8, 1),
+    (100, 4, 128): (256, 16, 4, 1),
     (0, 4, 128): (256, 32, 4, 1),
     (0, 4, 256): (256, 16, 4, 1),
 }
@@ -100,7 +101,7 @@ def paged_decode_kernel(
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
     SPLIT: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,  # None where SPLIT keys each are never more
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COMBINE: tl.constexpr,
@@ -135,7 +136,9 @@ def paged_decode_kernel(
     begin = 0
     if WINDOW:
         begin = tl.maximum(context - window, 0)
-    size = SPLIT * tl.maximum(tl.cdiv(context - begin, SPLIT * (MAX_PARTS - 1)), 1)  # one less: two may be cut
+    size = SPLIT  # known to the compiler wherever the table is not as wide as that: registers are few
+    if MAX_PARTS is not None:
+        size = SPLIT * tl.maximum(tl.cdiv(context - begin, SPLIT * (MAX_PARTS - 1)), 1)  # one less: two may be cut
     first = begin // size
     parts = tl.maximum(tl.cdiv(context, size) - first, 1)  # one, with no key in it, where there is no context
     if (queries > 0) & (part < parts):
@@ -152,8 +155,9 @@ def paged_decode_kernel(
             m = tl.full([HEADS], -float("inf"), tl.float32)
             l = tl.zeros([HEADS], tl.float32)
             acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
-        start = tl.maximum((first + part) * size, begin // BLOCK_N * BLOCK_N)
-        end = tl.minimum((first + part + 1) * size, context)
+        split = first + part
+        start = tl.maximum(split * size, begin // BLOCK_N * BLOCK_N)
+        end = tl.minimum(split * size + size, context)
         for n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
             j = n + tl.arange(0, BLOCK_N)
             there = j < end
@@ -309,7 +313,7 @@ def decode(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         HEADS=heads,
         SPLIT=split,
-        MAX_PARTS=MAX_PARTS,
+        MAX_PARTS=MAX_PARTS if keys > split * (MAX_PARTS - 1) else None,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         COMBINE=min(16, max(1, COMBINED // (heads * block_d))),

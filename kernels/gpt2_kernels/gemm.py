@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2_kernels import _check, _native, _runtime, reference
+from gpt2_kernels import _check, _linear_decode, _native, _runtime, reference
+from gpt2_kernels._gelu import gelu, gelu_derivative
 from gpt2_kernels._runtime import OPS, accumulator, autocast, distinct, launch, register, tl, triton
 
 # (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Nothing
@@ -52,26 +53,6 @@ FASTER = {
     (4, "plain"): "torch",
     (4, "fused"): "torch",
 }
-
-
-@triton.jit
-def _gelu(x, ACTIVATION: tl.constexpr):
-    """1 is the erf form, 2 the tanh form as x * sigmoid(2u), since 0.5 (1 + tanh u) = sigmoid(2u)."""
-    if ACTIVATION == 1:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
-    return x / (1.0 + tl.exp2(u * -2.8853900817779268))  # -2 log2(e)
-
-
-@triton.jit
-def _gelu_derivative(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 1:
-        density = 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)  # -log2(e) / 2
-        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
-    s = 1.0 / (1.0 + tl.exp2(u * -2.8853900817779268))
-    # x (1 - s) before s: far out on the left s is 0, and x 2u' alone may be infinite
-    return s + 1.5957691216057308 * (1.0 + 0.134145 * x * x) * (x * (1.0 - s) * s)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -143,11 +124,11 @@ def linear_kernel(
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(ACC)[None, :]
         if DERIVATIVE:
-            acc *= _gelu_derivative(tl.load(pre_ptr + at, mask=inside, other=0.0).to(ACC), ACTIVATION)
+            acc *= gelu_derivative(tl.load(pre_ptr + at, mask=inside, other=0.0).to(ACC), ACTIVATION)
         elif ACTIVATION != 0:
             if HAS_PRE:
                 tl.store(pre_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=inside)
-            acc = _gelu(acc, ACTIVATION)
+            acc = gelu(acc, ACTIVATION)
         if HAS_RESIDUAL:
             acc += tl.load(residual_ptr + rows * stride_residual + n[None, :], mask=inside, other=0.0).to(ACC)
         tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=inside)
@@ -229,10 +210,14 @@ def _linear_triton(
     activation: str,
     keep: bool,
     batch_invariant: bool,
+    decode: bool = False,
 ) -> tuple[Tensor, Tensor]:
     keep = keep and bool(activation)
     rows, N = _check.as_rows(x), weight.shape[0]
     other = None if residual is None else _check.as_rows(residual)
+    if decode and not keep:
+        y = _linear_decode.product(rows, weight, bias, other, activation)
+        return y.view(*x.shape[:-1], N), y.new_empty((0, N))
     if not batch_invariant and _torch_is_faster(x, bool(activation) or residual is not None):
         y = F.linear(rows, weight, bias)
         pre = y if keep else y.new_empty((0, N))
@@ -280,6 +265,7 @@ def _linear_cpu(
     activation: str,
     keep: bool,
     batch_invariant: bool,
+    decode: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if weight.stride(1) == 1 and _runtime.native_products(x):
         other = None if residual is None else _check.as_rows(residual)
@@ -331,6 +317,7 @@ def _fake(
     activation: str,
     keep: bool,
     batch_invariant: bool,
+    decode: bool = False,
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     return x.new_empty((*x.shape[:-1], N)), x.new_empty((x.numel() // K if keep and activation else 0, N))
@@ -341,8 +328,8 @@ def _fake_backward(grad: Tensor, weight: Tensor, pre: Tensor | None, activation:
 
 
 register(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep, bool batch_invariant)"
-    " -> (Tensor, Tensor)",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep, bool batch_invariant,"
+    " bool decode=False) -> (Tensor, Tensor)",
     triton_impl=_linear_triton,
     cpu_impl=_linear_cpu,
     fake=_fake,
@@ -464,12 +451,15 @@ def linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     batch_invariant: bool = True,
+    decode: bool = False,
 ) -> Tensor:
     """activation(x weight^T + bias) + residual: x (..., K), weight (N, K), bias (N,), residual and result (..., N).
 
     activation is None, "gelu" (erf) or "gelu_tanh" (GPT-2's). Float32 accumulation; float32 inputs are multiplied in
     full precision. With batch_invariant a row has the same bits whatever the other rows are; without it the fastest
-    routine there is may serve. Differentiable in x, weight, bias and residual.
+    routine there is may serve. decode is for generated tokens: on a GPU a kernel for few rows, as a batch of texts has,
+    batch-invariant too, with an order of additions of its own; it has no gradient.
+    Differentiable in x, weight, bias and residual.
     Raises ValueError on a shape, dtype, device or activation that does not fit.
     """
     if activation not in _check.ACTIVATIONS:
@@ -477,8 +467,14 @@ def linear(
     _check_arguments("linear", x, weight, bias, residual, ("x", "weight", "bias"))
     inputs = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        _refuse_decode("linear", decode)
         return _Linear.apply(*distinct(*inputs, activation or "", batch_invariant))
-    return torch.ops.gpt2_kernels.linear(*inputs, activation or "", False, batch_invariant)[0]
+    return torch.ops.gpt2_kernels.linear(*inputs, activation or "", False, batch_invariant, decode)[0]
+
+
+def _refuse_decode(op: str, decode: bool) -> None:
+    if decode:
+        _check.fail(op, "decode must be without gradients (use torch.no_grad())", "requires_grad=True")
 
 
 @autocast("lower")
@@ -492,12 +488,13 @@ def gelu_mlp(
     approximate: str = "tanh",
     residual: Tensor | None = None,
     batch_invariant: bool = True,
+    decode: bool = False,
 ) -> Tensor:
     """gelu(x w1^T + b1) w2^T + b2 + residual: x (..., K), w1 (I, K), b1 (I,), w2 (N, I), b2 (N,), result (..., N).
 
     The GELU runs in the epilogue of the first product, the residual (..., N) in that of the second; approximate is
-    "tanh" (GPT-2's) or "none" (erf). batch_invariant as in `linear`. Differentiable in all six tensors, with GELU' in
-    the epilogue of the backward product.
+    "tanh" (GPT-2's) or "none" (erf). batch_invariant and decode as in `linear`. Differentiable in all six tensors, with
+    GELU' in the epilogue of the backward product.
     Raises ValueError on a shape, dtype, device or option that does not fit.
     """
     if approximate not in ("tanh", "none"):
@@ -511,6 +508,7 @@ def gelu_mlp(
     activation = "gelu_tanh" if approximate == "tanh" else "gelu"
     inputs = (x, w1, b1, w2, b2, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        _refuse_decode("gelu_mlp", decode)
         return _GeluMLP.apply(*distinct(*inputs, activation, batch_invariant))
-    hidden, _ = torch.ops.gpt2_kernels.linear(x, w1, b1, None, activation, False, batch_invariant)
-    return torch.ops.gpt2_kernels.linear(hidden, w2, b2, residual, "", False, batch_invariant)[0]
+    hidden, _ = torch.ops.gpt2_kernels.linear(x, w1, b1, None, activation, False, batch_invariant, decode)
+    return torch.ops.gpt2_kernels.linear(hidden, w2, b2, residual, "", False, batch_invariant, decode)[0]

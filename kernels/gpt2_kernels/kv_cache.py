@@ -102,7 +102,7 @@ def _append_triton(
             D=D,
             BLOCK_H=_check.power_of_2(H),
             BLOCK_D=_check.power_of_2(D),
-            num_warps=4,
+            num_warps=min(32, max(4, _check.power_of_2(H) * _check.power_of_2(D) // 1024)),  # 32 elements a thread
         )
 
 
