@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,19 @@ def cases(run: Run) -> Iterator[Case]:
             moved=float(rows * K + K * N + rows * N) * run.dtype.itemsize,
             facts=lambda K=K, N=N, activation=activation: {"same_bits": _same_bits(run, K, N, activation)},
         )
+    for rows, K, N in _decoded(run):
+        yield Case(
+            name=f"decode product {rows}x{K}x{N}",
+            make=lambda rows=rows, K=K, N=N: (run.random(rows, K), run.random(N, K), run.random(N)),
+            rivals={
+                "ours": forward(functools.partial(ops.linear, decode=True)),
+                "a prompt's": forward(ops.linear),
+                "torch": forward(F.linear),
+            },
+            check=against(forward(F.linear)),
+            flops=2.0 * rows * K * N,
+            moved=float(rows * K + K * N + rows * N) * run.dtype.itemsize,
+        )
     mlp = {
         "ours": both(_ours(ops.gelu_mlp, False)),
         "batch invariant": both(_ours(ops.gelu_mlp, True)),
@@ -71,6 +85,15 @@ def cases(run: Run) -> Iterator[Case]:
         check=against(both(plain_mlp)),
         flops=3 * 16.0 * M * C * C,
     )
+
+
+def _decoded(run: Run) -> list[tuple[int, int, int]]:
+    """Products of generated tokens, (texts, K, N): those of a layer of the 124M model for one text, and for more."""
+    if run.device.type != "cuda":  # on a CPU they are those above
+        return []
+    layer = [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, 50257)]
+    gpu = [(rows, K, N) for rows in (1, 64, 256) for K, N in layer]
+    return run.pick(gpu, [], [(3, 256, 64)])
 
 
 def _same_bits(run: Run, K: int, N: int, activation: str | None) -> bool:

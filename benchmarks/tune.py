@@ -10,13 +10,13 @@ from typing import Any
 
 from benchmarks import bench_attention_backward, bench_fused_attention, bench_gemm, bench_paged
 from benchmarks.measure import Bind, Case, Run
-from gpt2_kernels import _paged_decode, attention_backward, fused_attention, gemm, paged
+from gpt2_kernels import _linear_decode, _paged_decode, attention_backward, fused_attention, gemm, paged
 
 Table = dict[tuple[int, ...], tuple[int, ...]]
 
 # Tiles that compile without spills for sm_90 at D = 64 in bfloat16, by table: (BLOCK_M, BLOCK_N, warps, stages);
-# for linear (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), for decode (SPLIT, BLOCK_N, warps, stages). The first case
-# whose name begins so tries them.
+# for products (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), for paged decode (SPLIT, BLOCK_N, warps, stages). The first
+# case whose name begins so tries them.
 CANDIDATES: dict[str, tuple[ModuleType, str, Table, list[tuple[int, ...]]]] = {
     "attention forward": (
         bench_fused_attention, "attention forward", fused_attention.TILES,
@@ -33,6 +33,10 @@ CANDIDATES: dict[str, tuple[ModuleType, str, Table, list[tuple[int, ...]]]] = {
     "linear": (
         bench_gemm, "linear", gemm.TILES,
         [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 4)],
+    ),
+    "decode product": (
+        bench_gemm, "decode product", _linear_decode.TILES,
+        [(64, 64, 64, 4, 4), (64, 64, 64, 4, 3), (64, 64, 128, 4, 3), (64, 32, 128, 4, 3), (64, 32, 64, 4, 4)],
     ),
     "paged decode": (
         bench_paged, "paged decode", _paged_decode.ONE_HEAD,
@@ -64,7 +68,9 @@ def cases(run: Run) -> Iterator[Case]:
     """A case of each table's operator, the table's candidates as rivals of the row that stands: all are checked against
     float64, and take turns. What is fastest belongs into the table."""
     for name, (module, prefix, table, rows) in CANDIDATES.items():
-        case = next(case for case in module.cases(run) if case.name.startswith(prefix))
+        case = next((case for case in module.cases(run) if case.name.startswith(prefix)), None)
+        if case is None:  # decode products, on a CPU
+            continue
         bind = case.rivals.get("batch invariant", case.rivals["ours"])  # the other one may be cuBLAS
         tried = rows[:1] if run.sizes == "tiny" else rows
         rivals = {"ours": bind} | {str(row): _with(table, row, bind) for row in tried}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import bench_sampling, gates, gpu, measure, peers, report, results, timing, tune
+from benchmarks import bench_sampling, gates, gpu, measure, peers, report, results, stages, timing, tune
 from benchmarks.measure import Case, Run, against, backward, both, forward
 from benchmarks.timing import Time
 from gpt2_kernels import _check, fused_attention
@@ -292,8 +292,8 @@ def test_slow_rivals_come_once_all_else_is_measured(tmp_path: Path, run: Run, mo
     """Each in a row of its own, so that one that hangs costs nothing; in the file a case has one row."""
     names = {"a": ["ours", "compiled", "torch", "flex"], "b": ["ours", "flex"], "c": ["ours"]}
     cases = [dataclasses.replace(case(dict.fromkeys(own, torch.sin)), name=name) for name, own in names.items()]
-    monkeypatch.setattr(gpu.importlib, "import_module", lambda _: types.SimpleNamespace(cases=lambda run: cases))
-    found = list(gpu.benchmark("any")(run, math.inf))
+    monkeypatch.setattr(stages.importlib, "import_module", lambda _: types.SimpleNamespace(cases=lambda run: cases))
+    found = list(stages.benchmark("any")(run, math.inf))
     seen = [(row["name"], list(row["rivals"])) for row in found]
     assert seen == [
         ("a", ["ours", "torch"]), ("b", ["ours"]), ("c", ["ours"]),
@@ -308,7 +308,7 @@ def test_slow_rivals_come_once_all_else_is_measured(tmp_path: Path, run: Run, mo
     assert {row["name"]: set(row["rivals"]) for row in rows} == {name: set(own) for name, own in names.items()}
     assert rows[0]["rivals"]["ours"]["us"] == first and set(rows[0]["faster_than"]) == {"torch", "compiled", "flex"}
 
-    late = list(gpu.benchmark("any")(run, 0.0))
+    late = list(stages.benchmark("any")(run, 0.0))
     assert [row["not_run"] for row in late] == [
         {name: measure.LATE} for name in ("all", "all", "all", "compiled", "flex", "flex")
     ]
@@ -323,9 +323,9 @@ def test_a_case_that_breaks_while_it_is_timed_ends_nothing(run: Run, monkeypatch
 
     names = ("bad", "flex", "good")
     cases = [dataclasses.replace(case({"ours": torch.sin, own: torch.sin}), name=own) for own in names]
-    monkeypatch.setattr(gpu.importlib, "import_module", lambda _: types.SimpleNamespace(cases=lambda run: cases))
+    monkeypatch.setattr(stages.importlib, "import_module", lambda _: types.SimpleNamespace(cases=lambda run: cases))
     monkeypatch.setattr(timing, "measure", broken)
-    first, *others = gpu.benchmark("any")(run, math.inf)
+    first, *others = stages.benchmark("any")(run, math.inf)
     assert first["not_run"] == {"ours": "RuntimeError: out of memory"} and measure.failed(first)
     assert [(row["name"], list(row["rivals"])) for row in others] == [
         ("flex", ["ours"]), ("good", ["ours", "good"]), ("flex", ["ours", "flex"]),
@@ -339,20 +339,20 @@ def test_a_stage_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_time_is_shared_out() -> None:
     """What a stage leaves over goes to the next; a limit set by hand takes nothing from the others beyond itself."""
-    everything = list(gpu.STAGES)
-    shares = sum(share for _, share in gpu.STAGES.values())
-    assert gpu.limits(everything, 500.0, {}) == pytest.approx(500 * gpu.STAGES["environment"][1] / shares)
+    everything = list(stages.STAGES)
+    shares = sum(share for _, share in stages.STAGES.values())
+    assert gpu.limits(everything, 500.0, {}) == pytest.approx(500 * stages.STAGES["environment"][1] / shares)
     assert gpu.limits(["sanitizer"], 77.0, {}) == 77.0
     assert gpu.limits(["tests", "sanitizer"], 100.0, {"tests": 300.0}) == 100.0
     first = gpu.limits(everything, 500.0, {"tests": 200.0})
-    assert first == pytest.approx(300 * gpu.STAGES["environment"][1] / (shares - gpu.STAGES["tests"][1]))
+    assert first == pytest.approx(300 * stages.STAGES["environment"][1] / (shares - stages.STAGES["tests"][1]))
     assert gpu.limits(everything, 100.0, {"tests": 200.0}) == 0.0
 
 
 def test_what_needs_a_gpu_fails_nothing_without_one(run: Run) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    for stage in (gpu.host, gpu.sanitizer):
+    for stage in (stages.host, stages.sanitizer):
         (found,) = stage(run, math.inf)
         assert "GPU" in found["not_run"]["all"] and not measure.failed(found)
 
@@ -376,9 +376,9 @@ def test_a_failing_test_file_is_a_failing_row(tmp_path: Path) -> None:
     file = tmp_path / "test_it.py"
     file.write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n")
     end = time.monotonic() + 60
-    row = gpu._pytest("it", [sys.executable], [str(file), "-c", os.devnull], {}, end)
+    row = stages._pytest("it", [sys.executable], [str(file), "-c", os.devnull], {}, end)
     assert (row["passed"], row["failed"]) == (1, 1) and "test_wrong" in row["failures"][0] and measure.failed(row)
-    assert gpu._pytest("it", [sys.executable], [str(file)], {}, 0.0)["not_run"]
+    assert stages._pytest("it", [sys.executable], [str(file)], {}, 0.0)["not_run"]
 
 
 def test_a_test_file_that_is_ended_says_how_far_it_came(tmp_path: Path) -> None:
@@ -387,20 +387,20 @@ tests/test_it.py::test_wrong FAILED [ 50%]
 tests/test_it.py::test_elsewhere SKIPPED (no GPU) [ 75%]
 tests/test_it.py::test_endless """
     slow = script(tmp_path / "python", f"cat <<'END'\n{said}\nEND\nexec sleep 30")
-    row = gpu._pytest("it", [slow], [], {}, time.monotonic() + 0.5)
+    row = stages._pytest("it", [slow], [], {}, time.monotonic() + 0.5)
     assert (row["passed"], row["failed"], row["skipped"]) == (1, 1, 1) and measure.failed(row)
     assert row["failures"] == ["FAILED tests/test_it.py::test_wrong"]
 
 
 def test_every_module_has_a_stage() -> None:
-    assert {module.removeprefix("bench_") for module in MODULES} <= set(gpu.STAGES)
+    assert {module.removeprefix("bench_") for module in MODULES} <= set(stages.STAGES)
 
 
 def test_the_sanitizer_meets_every_kernel() -> None:
     """Each test that it names exists, and each file with a kernel has one; a private file, of its operator."""
-    operator = {"_paged_decode.py": "paged.py"}
-    files = {test.partition("::")[0] for test in gpu.SANITIZED}
-    for test in gpu.SANITIZED:
+    operator = {"_paged_decode.py": "paged.py", "_linear_decode.py": "gemm.py"}
+    files = {test.partition("::")[0] for test in stages.SANITIZED}
+    for test in stages.SANITIZED:
         file, _, function = test.partition("::")
         assert f"def {function}(" in (ROOT / "tests" / file).read_text(), test
     for path in (ROOT / "kernels" / "gpt2_kernels").glob("*.py"):
