@@ -223,7 +223,7 @@ def lengths() -> dict[str, Callable[[int], object]]:
         "paged decode S": lambda n: _paged(64, bf16, 1, S=n),
         "paged prefill S": lambda n: _paged(64, bf16, 300, S=n),
         "paged prefill Tq": lambda n: _paged(64, bf16, n + 1),
-        "paged decode max_blocks": lambda n: _paged(64, bf16, 1, max_blocks=n),
+        "paged decode max_blocks": lambda n: _paged(64, bf16, 1, max_blocks=min(n, 1000)),  # wider: see MAX_PARTS
         "paged decode num_blocks": lambda n: _paged(64, bf16, 1, num_blocks=n),
         "paged decode rows": lambda n: _paged(64, bf16, 1, rows=n, S=1),
         "paged decode window": lambda n: _paged(64, bf16, 1, window=n),
@@ -240,4 +240,5 @@ def lengths() -> dict[str, Callable[[int], object]]:
         "sample top_logprobs": lambda n: _sample(50257, bf16, False, top_logprobs=min(n, 32)),
         "linear_backward M": lambda n: _linear_backward(768, 3072, bf16, "gelu_tanh", M=n),
         "linear M": lambda n: _linear(768, 3072, bf16, "gelu_tanh", M=n),
+        "linear decode M": lambda n: _linear(768, 3072, bf16, "gelu_tanh", M=n, decode=True),
     }

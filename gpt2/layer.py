@@ -73,7 +73,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, products: Products = PROMPT) -> Tensor:
         w1, w2 = self.c_fc, self.c_proj
-        if w1.weight.dtype == torch.int8:
+        if "weight_scale" in w1._buffers:  # int8
             hidden = linear(w1, x, activation="gelu_tanh" if self.approximate == "tanh" else "gelu")
             return linear(w2, hidden, residual=residual)
         return ops.gelu_mlp(

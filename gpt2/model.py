@@ -62,7 +62,8 @@ class GPT2(nn.Module):
 
     @property
     def is_int8(self) -> bool:
-        return self.wte.weight.dtype == torch.int8
+        # Not by the weight's dtype: under a parametrization each look at it computes it anew.
+        return "weight_scale" in self.wte._buffers
 
     def quantize_(self) -> GPT2:
         """Round all matrices to int8, with a scale for each output, for generation on a CPU; the rest is bfloat16.
@@ -240,8 +241,8 @@ class GPT2(nn.Module):
 
         Names: "storybook" (ships with the package), "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (from the Hugging
         Face hub, with the extra `hub`). A folder needs a path separator in its name, like "./gpt2". device is the GPU
-        where there is one; dtype is that of the file unless given (float32, float16, bfloat16, and int8 on a CPU:
-        see `quantize_`).
+        where there is one that the kernels compile for; dtype is that of the file unless given (float32, float16,
+        bfloat16, and int8 on a CPU: see `quantize_`).
         Raises ValueError, naming what is wrong, for an unknown name, a broken file or tensors that do not fit.
         """
         if dtype == torch.float64:

@@ -42,6 +42,7 @@ MMA = {
     "layer_norm_backward_kernel": NONE,
     "sum_partials_kernel": NONE,
     "linear_kernel": NEW,
+    "linear_decode_kernel": NEW,
     "sample_kernel": NONE,
     "paged_attention_kernel": OLD,  # 32 rows: fewer than the 64 of Hopper's and Blackwell's instructions
     "paged_attention_kernel: paged prefill D=64": NEW,
@@ -134,7 +135,7 @@ def test_lengths_and_batch_do_not_decide_what_is_compiled() -> None:
 
 
 def test_more_sequences_than_one_launch_takes() -> None:
-    """The second axis of a grid ends at 65535."""
+    """The third axis of a grid ends at 65535, and so does the second."""
     code = """
 import torch, gpt2_kernels as ops
 from benchmarks.offline import offline
@@ -147,7 +148,7 @@ with _runtime.force("triton"), offline(90, compile=False) as launches:
 print([launch.grid for launch in launches])
 """
     done = child(["-c", code])
-    assert done.stdout == "[(2, 65535, 1), (2, 4465, 1)]\n", done.stderr[-3000:]
+    assert done.stdout == "[(1, 2, 65535), (1, 2, 4465)]\n", done.stderr[-3000:]
 
 
 def test_a_damaged_snapshot_is_noticed(tmp_path: Path) -> None:

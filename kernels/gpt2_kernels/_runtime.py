@@ -182,7 +182,7 @@ def _simd_level() -> int:
 
 
 @functools.cache
-def _amx() -> bool:
+def has_amx() -> bool:
     """Whether the CPU has AMX, by PyTorch, whose oneDNN then multiplies bfloat16 there."""
     return torch.cpu._is_amx_tile_supported()
 
@@ -191,13 +191,13 @@ def native_products(x: torch.Tensor) -> bool:
     """Whether products of `x` with weights of its dtype go to the compiled extension."""
     if not native(x) or _simd_level() < DOT_PRODUCTS:
         return False
-    return x.dtype == torch.float32 or _simd_level() == ALL_INSTRUCTIONS or not _amx()
+    return x.dtype == torch.float32 or _simd_level() == ALL_INSTRUCTIONS or not has_amx()
 
 
 def multiplies(x: torch.Tensor) -> bool:
     """Whether the CPU multiplies the dtype of `x` itself, so that PyTorch's products of it are fast."""
     if x.dtype == torch.bfloat16:
-        return _amx() or native_products(x)
+        return has_amx() or native_products(x)
     return x.dtype in (torch.float32, torch.float64)
 
 

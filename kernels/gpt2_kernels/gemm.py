@@ -267,6 +267,9 @@ def _linear_cpu(
     batch_invariant: bool,
     decode: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if not batch_invariant and not activation and _torch_is_faster_cpu(x):
+        y = _check.as_shape(F.linear(_check.as_rows(x), weight, bias), (*x.shape[:-1], weight.shape[0]))
+        return y if residual is None else y.add_(residual), y.new_empty((0, weight.shape[0]))
     if weight.stride(1) == 1 and _runtime.native_products(x):
         other = None if residual is None else _check.as_rows(residual)
         kind, bias = _check.ACTIVATIONS[activation or None], None if bias is None else bias.contiguous()
@@ -278,6 +281,12 @@ def _linear_cpu(
         y = _gelu_cpu(y, activation)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if residual is None else y + residual, pre
+
+
+def _torch_is_faster_cpu(x: Tensor) -> bool:
+    """Without an activation to fuse. In float32 on an Intel Xeon ours takes 1.05 to 1.5 times as long from 128 rows on,
+    on an AMD EPYC as long; in bfloat16 1 to 1.9 times, by AMX."""
+    return x.numel() >= 128 * x.shape[-1] and (x.dtype == torch.float32 or _runtime.has_amx())
 
 
 def _gelu_cpu(y: Tensor, activation: str) -> Tensor:

@@ -39,7 +39,7 @@ FLOAT8_PREFILL = {
     (0, 4, 256): (16, 16, 8, 1),
 }
 
-MAX_SEQUENCES = 65535  # of one launch: what the second axis of a grid holds
+MAX_SEQUENCES = 65535  # of one launch: what the second axis of a grid holds, and the third
 
 
 @triton.jit(
