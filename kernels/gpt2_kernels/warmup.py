@@ -69,25 +69,39 @@ def calls(sizes: Widths, dtype: torch.dtype, device: torch.device) -> dict[str, 
         state = tokens, positions, slots, ints(1), limits + 9, ends + 1
         ops.advance_(drawn, *state, ints(0, 1).view(1, 2), drawn.new_zeros(4, 1), count, 16)
 
+    def products(decode: bool) -> None:
+        x, w = tensor(16, C), tensor(C)
+        ops.linear(x, tensor(3 * C, C), tensor(3 * C), decode=decode)
+        ops.linear(x, tensor(C, C), w, residual=x, decode=decode)
+        ops.gelu_mlp(x, tensor(4 * C, C), tensor(4 * C), tensor(C, 4 * C), w, residual=x, decode=decode)
+        ops.linear(x, tensor(V, C), decode=decode)
+
     def inference() -> None:
-        ops.layer_norm(x := tensor(2, 16, C), w := tensor(C), w)
-        ops.linear(x, tensor(3 * C, C), tensor(3 * C))
-        ops.linear(x, tensor(C, C), w, residual=x)
-        ops.gelu_mlp(x, tensor(4 * C, C), tensor(4 * C), tensor(C, 4 * C), w, residual=x)
-        ops.attention(q := tensor(1, 16, H, D), q, q)
-        ops.linear(x, tensor(V, C))
+        ops.layer_norm(tensor(2, 16, C), w := tensor(C), w)
+        ops.attention_qkvpacked(tensor(1, 16, 3, H, D))
+        products(decode=False)
+
+    def decoded() -> None:
+        paged(1)
+        products(decode=True)
+
+    def stream(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y, x = ops.layer_norm(x, w, b, prenorm=True)
+        return x + y
 
     heads, row = (2, 16, H, D), (2, 16, C)
     targets = torch.zeros(2, 16, dtype=torch.int64, device=device)
     return {
         "inference": torch.no_grad()(inference),
-        "decode": torch.no_grad()(lambda: paged(1)),
+        "decode": torch.no_grad()(decoded),
         "prefill": torch.no_grad()(lambda: paged(24)),
         "advance": torch.no_grad()(advanced),
         "sample": torch.no_grad()(sampled),
         "training: layer_norm": lambda: train(ops.layer_norm, row, (C,), (C,)),
+        "training: layer_norm, prenorm": lambda: train(stream, row, (C,), (C,)),
         "training: add_layer_norm": lambda: train(ops.add_layer_norm, row, row, (C,), (C,)),
         "training: attention": lambda: train(ops.attention, heads, heads, heads),
+        "training: attention_qkvpacked": lambda: train(ops.attention_qkvpacked, (2, 16, 3, H, D)),
         "training: linear": lambda: train(ops.linear, row, (3 * C, C), (3 * C,)),
         "training: gelu_mlp": lambda: train(ops.gelu_mlp, row, (4 * C, C), (4 * C,), (C, 4 * C), (C,)),
         "training: loss": lambda: train(lambda x, w: ops.linear_cross_entropy(x, w, targets), row, (V, C)),
