@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from called import Called
 from layouts import GRADIENT_LAYOUTS, LAYOUTS, in_layout
 from tolerance import DTYPES, assert_accurate, wide
 from torch import Tensor
@@ -324,6 +325,27 @@ def test_plain_product_without_batch_invariance(path: torch.device) -> None:
     assert_accurate(ops.linear(x, weight, bias, batch_invariant=False), F.linear(x, weight, bias), truth)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_without_batch_invariance(path: torch.device, dtype: torch.dtype, transposed: bool) -> None:
+    """From 128 rows on PyTorch may serve on a CPU; the residual is added to its result, and is left as it was."""
+    x, weight, bias, residual = inputs(path, dtype, 130, 24, 40)
+    weight = weight.T.contiguous().T if transposed else weight
+    x, residual = x.view(2, 65, 24), residual.view(2, 65, 40)
+    kept = residual.clone()
+    for other in (None, residual):
+        found = ops.linear(x, weight, bias, residual=other, batch_invariant=False)
+        exact = None if other is None else other.double()
+        truth = torch_linear(x.double(), weight.double(), bias.double(), None, exact)
+        assert found.shape == (2, 65, 40)
+        assert_accurate(found, torch_linear(x, weight, bias, None, other), truth)
+    assert torch.equal(residual, kept)
+    if path.type == "cpu" and not ops.path_of("linear", "cpu").startswith("Triton"):
+        with Called() as called, _runtime.force("native"):
+            ops.linear(x, weight, bias, batch_invariant=False)
+        assert "aten.linear.default" not in called.names
+
+
 @pytest.mark.parametrize("wanted", ["x", "w1", "b1", "w2", "b2", "residual"])
 def test_only_wanted_gradients_are_made(path: torch.device, wanted: str) -> None:
     x, w1, b1, _ = inputs(path, torch.float32, 4, 16, 24)
@@ -385,8 +407,10 @@ def test_decode_gives_its_tickets_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_runtime, "tickets", lambda number, device: tickets)
     for M, K, N in DECODED:
         x, weight, bias, _ = inputs(torch.device("cpu"), torch.float32, M, K, N)
-        torch.full((40, M, N), torch.nan)
-        torch.testing.assert_close(ops.linear(x, weight, bias, decode=True), F.linear(x, weight, bias))
+        expected = F.linear(x, weight, bias)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", lambda shape, **options: torch.full(shape, torch.nan, **options))
+            torch.testing.assert_close(ops.linear(x, weight, bias, decode=True), expected)
         assert not tickets.any()
 
 

@@ -423,9 +423,24 @@ def test_prenorm_of_what_needs_no_gradient(path: torch.device) -> None:
     """Frozen embeddings below, weights that learn: the stream still has none."""
     x, weight, bias = inputs(path, torch.float32, 5, 100)
     y, stream = ops.layer_norm(x, weight.requires_grad_(), bias, prenorm=True)
+    assert stream is x
     (found,) = torch.autograd.grad((y * stream).sum(), weight)
     (expected,) = torch.autograd.grad((ops.layer_norm(x, weight, bias) * x).sum(), weight)
     torch.testing.assert_close(found, expected)
+
+
+def test_prenorm_under_autocast(path: torch.device) -> None:
+    """The norm is computed in float32, and the stream keeps its dtype and its gradient."""
+    x, weight, bias = inputs(path, torch.float32, 5, 100)
+    for stream_dtype in (torch.bfloat16, torch.float32):
+        leaf = x.to(stream_dtype).requires_grad_()
+        with torch.autocast(path.type, torch.bfloat16):
+            y, stream = ops.layer_norm(leaf, weight, bias, prenorm=True)
+        assert (y.dtype, stream.dtype) == (torch.float32, stream_dtype)
+        (found,) = torch.autograd.grad((y.sin() + stream).sum(), leaf)
+        other = leaf.detach().requires_grad_()
+        out = ops.layer_norm(other.float(), weight, bias).sin() + other
+        torch.testing.assert_close(found, torch.autograd.grad(out.sum(), other)[0], rtol=1e-2, atol=1e-2)
 
 
 def test_prenorm_compiled_and_checkpointed(path: torch.device) -> None:

@@ -3,7 +3,7 @@
 y = activation(x weight^T + bias) + residual for x (M, K), weight (N, K): 2 N K bytes in bfloat16 whatever M is up to a
 few hundred. `linear_kernel`'s tiles of 128 columns are 6 programs for a projection of GPT-2 124M, each of which walks
 along all of K: 6 of 132 multiprocessors read 1.2 to 4.7 MB, at the pace of their loads. Here tiles are 64 columns wide
-and K is cut into splits, so that about PROGRAMS of them read the weights, 16 to 32 KB each:
+and K is cut into splits of at least LEAST_K, into about PROGRAMS pieces where the weight is large enough:
 
     124M        tiles x splits    K of a split
     c_attn      36 x 4            192
@@ -37,6 +37,7 @@ TILES = {
 }
 PROGRAMS = 144  # for one tile of rows, about: an H200 has 132 multiprocessors
 LEAST_K = 128  # of a split: two steps along K
+TOGETHER = 4  # parts that a combining program loads at a time
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -60,6 +61,7 @@ def linear_decode_kernel(
     PRECISION: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -108,9 +110,13 @@ def linear_decode_kernel(
         # Release what was stored here, acquire what the others stored.
         if tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for part in tl.static_range(SPLITS):
-                # .cg: from L2, where the other programs left them
-                total += tl.load(parts_ptr + part * size + at, mask=inside, other=0.0, cache_modifier=".cg")
+            for first in tl.range(0, SPLITS, TOGETHER):  # that many loads on their way at a time
+                for part in tl.static_range(TOGETHER):
+                    there = inside & (first + part < SPLITS)
+                    # .cg: from L2, where the other programs left them
+                    total += tl.load(
+                        parts_ptr + (first + part) * size + at, mask=there, other=0.0, cache_modifier=".cg"
+                    )
             _store(total, bias_ptr, residual_ptr, y_ptr, at, rows * stride_residual, n, N, inside, ACTIVATION)
             tl.store(tickets_ptr + tile, 0)  # for the next launch
 
@@ -173,6 +179,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
         PRECISION="tf32" if size == 2 else "ieee",
         SPLITS=splits,
         SPLIT_K=split_k,
+        TOGETHER=TOGETHER,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,

@@ -194,6 +194,15 @@ def native_products(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 or _simd_level() == ALL_INSTRUCTIONS or not has_amx()
 
 
+def torch_products(x: torch.Tensor) -> bool:
+    """Whether PyTorch multiplies `x` faster, where rows need not be batch-invariant and no activation is to be fused.
+
+    In float32 on an Intel Xeon ours takes 1.05 to 1.5 times as long from 128 rows on, on an AMD EPYC as long; in
+    bfloat16 by AMX 1 to 1.9 times.
+    """
+    return _forced != "native" and x.numel() >= 128 * x.shape[-1] and (x.dtype == torch.float32 or has_amx())
+
+
 def multiplies(x: torch.Tensor) -> bool:
     """Whether the CPU multiplies the dtype of `x` itself, so that PyTorch's products of it are fast."""
     if x.dtype == torch.bfloat16:

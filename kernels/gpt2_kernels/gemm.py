@@ -215,7 +215,7 @@ def _linear_triton(
     keep = keep and bool(activation)
     rows, N = _check.as_rows(x), weight.shape[0]
     other = None if residual is None else _check.as_rows(residual)
-    if decode and not keep:
+    if decode:
         y = _linear_decode.product(rows, weight, bias, other, activation)
         return y.view(*x.shape[:-1], N), y.new_empty((0, N))
     if not batch_invariant and _torch_is_faster(x, bool(activation) or residual is not None):
@@ -267,7 +267,7 @@ def _linear_cpu(
     batch_invariant: bool,
     decode: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    if not batch_invariant and not activation and _torch_is_faster_cpu(x):
+    if not batch_invariant and not activation and _runtime.torch_products(x):
         y = _check.as_shape(F.linear(_check.as_rows(x), weight, bias), (*x.shape[:-1], weight.shape[0]))
         return y if residual is None else y.add_(residual), y.new_empty((0, weight.shape[0]))
     if weight.stride(1) == 1 and _runtime.native_products(x):
@@ -281,12 +281,6 @@ def _linear_cpu(
         y = _gelu_cpu(y, activation)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if residual is None else y + residual, pre
-
-
-def _torch_is_faster_cpu(x: Tensor) -> bool:
-    """Without an activation to fuse. In float32 on an Intel Xeon ours takes 1.05 to 1.5 times as long from 128 rows on,
-    on an AMD EPYC as long; in bfloat16 1 to 1.9 times, by AMX."""
-    return x.numel() >= 128 * x.shape[-1] and (x.dtype == torch.float32 or _runtime.has_amx())
 
 
 def _gelu_cpu(y: Tensor, activation: str) -> Tensor:
@@ -467,7 +461,9 @@ def linear(
     activation is None, "gelu" (erf) or "gelu_tanh" (GPT-2's). Float32 accumulation; float32 inputs are multiplied in
     full precision. With batch_invariant a row has the same bits whatever the other rows are; without it the fastest
     routine there is may serve. decode is for generated tokens: on a GPU a kernel for few rows, as a batch of texts has,
-    batch-invariant too, with an order of additions of its own; it has no gradient.
+    batch-invariant too, with an order of additions of its own; it has no gradient. Its programs count each other, as
+    those of `paged_attention` do: a CUDA graph that holds one must not run beside other calls of the two that were
+    launched or captured on the stream where it was captured.
     Differentiable in x, weight, bias and residual.
     Raises ValueError on a shape, dtype, device or activation that does not fit.
     """

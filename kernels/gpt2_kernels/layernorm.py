@@ -528,29 +528,38 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@autocast("float32")
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, prenorm: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer normalisation over the last axis: x (..., C) -> (..., C), in the dtype of x.
 
     weight and bias are (C,); statistics are float32; C <= 16384. Differentiable in x, weight and bias. With prenorm the
-    result is (y, x): x is to go on as the residual stream, x + f(y), and its gradient is added to the one of y in the
-    backward kernel, where autograd would take a pass of 3 elements for each of x.
+    result is (y, x): x, not to be written into, goes on as the residual stream, x + f(y), and its gradient is added to
+    the one of y in the backward kernel, where autograd would take a pass of 3 elements for each of x.
     Raises ValueError on a shape, dtype or device that does not fit. Source: Ba et al., 2016, arXiv:1607.06450.
     """
+    if not prenorm:
+        return _layer_norm(x, weight, bias, eps, False)
+    fused = (
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and not torch.compiler.is_compiling()  # it takes no result that is an input, and fuses the addition itself
+        and (x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type))  # which would cast x
+    )
+    y = _layer_norm(x, weight, bias, eps, fused)
+    return y if fused else (y, x)
+
+
+@autocast("float32")
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, prenorm: bool) -> Any:
     _check_arguments("layer_norm", x, weight, bias, eps)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        # torch.compile does not take a result that is an input, and fuses the addition itself.
-        fused = prenorm and not torch.compiler.is_compiling()
-        y = _LayerNorm.apply(*distinct(x, weight, bias, eps, fused))
-        return (y, x) if prenorm and not fused else y
-    y, _ = _layer_norm_op(x, weight, bias, eps, False)
-    return (y, x) if prenorm else y
+        return _LayerNorm.apply(*distinct(x, weight, bias, eps, prenorm))
+    return _layer_norm_op(x, weight, bias, eps, False)[0]
 
 
 @autocast("float32")

@@ -329,7 +329,7 @@ def paged_attention(
     for what they hold times k_scale and v_scale, both (Hkv,) float32; on a GPU that needs compute capability 8.9.
     window w keeps the nearest w keys of a query, itself included. A query with no key gives 0. No gradient.
     Programs of a decode count each other in memory that belongs to the stream: a CUDA graph that holds one must not run
-    beside other decodes that were launched or captured on the stream where it was captured.
+    beside other decodes, or `linear`'s, that were launched or captured on the stream where it was captured.
     Raises ValueError on a shape, dtype, device or option that does not fit; an index outside the cache is an error on
     the CPU and a device assertion under TRITON_DEBUG=1 on a GPU. Source: Kwon et al., 2023, arXiv:2309.06180.
     """

@@ -37,10 +37,9 @@ def _window(op: str, causal: bool, window_size: tuple[int, int], Tk: int) -> tup
     return False, None
 
 
-def _parts(op: str, name: str, tensor: Tensor, dims: str) -> tuple[Tensor, ...]:
+def _parts(op: str, name: str, tensor: Tensor, number: int, dims: str) -> tuple[Tensor, ...]:
     """What a packed tensor holds along its third axis from the end, as views."""
     _check.rank(op, name, tensor, dims)
-    number = int(dims.split(", ")[-3])
     _check.shape(op, name, tensor, (*tensor.shape[:-3], number, *tensor.shape[-2:]), dims)
     return tensor.unbind(-3)
 
@@ -118,7 +117,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_func` with k and v in kv (B, Tk, 2, Hkv, D)."""
-    k, v = _parts("flash_attn_kvpacked_func", "kv", kv, "(B, Tk, 2, Hkv, D)")
+    k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 2, "(B, Tk, 2, Hkv, D)")
     options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     return flash_attn_func(q, k, v, *options)
 
@@ -170,7 +169,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_varlen_func` of the parts of qkv (N, 3, H, D)."""
-    q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, "(N, 3, H, D)")
+    q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 3, "(N, 3, H, D)")
     options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options)
 
@@ -192,7 +191,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_varlen_func` with k and v in kv (Nk, 2, Hkv, D)."""
-    k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, "(Nk, 2, Hkv, D)")
+    k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, 2, "(Nk, 2, Hkv, D)")
     options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options)
 
