@@ -97,7 +97,7 @@ def test_opcheck(path: torch.device) -> None:
     ("count", lambda t: t[0], r"advance_: count must be \(1,\)"),
     ("positions", lambda t: t.repeat_interleave(2)[::2], "advance_: positions must be dense along the texts"),
     ("block_size", lambda n: 0, "advance_: block_size must be at least 1, got 0"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_bad_input(path: torch.device, name: str, change: Any, message: str) -> None:
     arguments = state(6, path)
     before = {n: arguments[n].clone() for n in NAMES}

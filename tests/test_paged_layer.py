@@ -149,7 +149,7 @@ def without(items: list[Tensor], i: int) -> list[Tensor]:
     ("float32", "scale", lambda _: float("nan"), "scale must be positive and finite, got nan"),
     ("float32", "eps", lambda _: -1.0, "eps must be at least 0, got -1.0"),
     ("float32", "activation", lambda _: "relu", "activation must be 'gelu' or 'gelu_tanh', got 'relu'"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_bad_input_is_refused_before_the_cache_is_written(kind: str, name: str, change: Any, message: str) -> None:
     a: dict[str, Any] = {**arguments(kind, [1, 1], [3, 9]), "activation": "gelu_tanh", "eps": 1e-5}
     before = [a[n].clone() for n in STATE]
