@@ -39,7 +39,8 @@ def cases_of(module: str, run: Run) -> list[Case]:
 
 def child(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A process of its own: CPU tensors take the production path there, not the interpreter."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    mine = ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
+    clean = {k: v for k, v in os.environ.items() if k not in mine}
     environment = {**clean, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 

@@ -356,9 +356,9 @@ def test_a_forward_that_somebody_put_into_a_class_is_called(calls: list[int], mo
 
 
 class OwnBlock(nn.Module):
-    def forward(self, x: Tensor, attend: Any, batch_invariant: bool = True) -> Tensor:
+    def forward(self, x: Tensor, attend: Any, products: Any = None) -> Tensor:
         q = x.unflatten(-1, (2, 16))
-        return x + attend(q, q, q).flatten(-2)
+        return x + attend(torch.stack((q, q, q), -3)).flatten(-2)
 
 
 def test_a_block_of_ones_own(calls: list[int]) -> None:
