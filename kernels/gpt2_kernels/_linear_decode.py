@@ -37,7 +37,7 @@ TILES = {
 }
 PROGRAMS = 144  # for one tile of rows, about: an H200 has 132 multiprocessors
 LEAST_K = 128  # of a split: two steps along K
-TOGETHER = 4  # parts that a combining program loads at a time
+TOGETHER = 3  # parts that a combining program loads at a time
 
 
 @triton.jit(do_not_specialize=["M"])
