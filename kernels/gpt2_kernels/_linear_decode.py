@@ -30,7 +30,7 @@ from gpt2_kernels._gelu import gelu
 from gpt2_kernels._runtime import launch, tl, triton
 
 # (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Compiled
-# without spills (benchmarks.compile_report), not yet timed on a GPU.
+# without spills (benchmarks.compile_report) but for two instructions of 64 splits on sm_100; not yet timed on a GPU.
 TILES = {
     (0, 2): (64, 64, 64, 4, 4),
     (0, 4): (16, 64, 32, 4, 3),
