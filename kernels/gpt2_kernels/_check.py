@@ -130,6 +130,11 @@ def no_gradient(op: str, **tensors: Tensor) -> None:
                 )
 
 
+def transposed(weight: Tensor) -> bool:
+    """Whether a matrix is dense along its first axis alone, as transformers' GPT-2 keeps its weights."""
+    return weight.stride(0) == 1 and weight.stride(1) != 1
+
+
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """The tensor itself, or one contiguous copy where its last axis is not dense: kernels read rows as vectors."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -164,6 +169,12 @@ def tile_for(table: Mapping[tuple[int, int, int], Tile], tensor: Tensor, width: 
     return next(
         row for (least, bytes_, most), row in table.items() if arch >= least and size == bytes_ and width <= most
     )
+
+
+def product_tile(table: Mapping[tuple[int, int], Tile], tensor: Tensor) -> Tile:
+    """The first row that fits of a launch table keyed by (compute capability from, element size)."""
+    arch, size = _runtime.architecture(tensor.device), tensor.element_size()
+    return next(row for (least, bytes_), row in table.items() if arch >= least and size == bytes_)
 
 
 def cpu_flash_serves(q: Tensor, k: Tensor, causal: bool, window: int, seed: Tensor | None) -> bool:

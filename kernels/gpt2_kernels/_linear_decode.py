@@ -147,10 +147,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if not (M and N):
         return y
-    weight_kn = weight.stride(0) == 1 and weight.stride(1) != 1
+    weight_kn = _check.transposed(weight)
     weight = weight.T if weight_kn else _check.unit_last_stride(weight)
-    arch, size = _runtime.architecture(x.device), x.element_size()
-    block_m, block_n, block_k, warps, stages = next(t for (a, b), t in TILES.items() if arch >= a and size == b)
+    block_m, block_n, block_k, warps, stages = _check.product_tile(TILES, x)
     splits, split_k = splits_of(N, K, block_n, block_k)
     tiles = _check.cdiv(M, block_m) * _check.cdiv(N, block_n)
     several: tuple[Any, Any] = (None, None)
@@ -176,7 +175,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
         WEIGHT_KN=weight_kn,
         EVEN_K=K % block_k == 0,
         # tf32 keeps 11 bits of a float32; torch's own default for matmul is the full 24 as well
-        PRECISION="tf32" if size == 2 else "ieee",
+        PRECISION="tf32" if x.element_size() == 2 else "ieee",
         SPLITS=splits,
         SPLIT_K=split_k,
         TOGETHER=TOGETHER,

@@ -152,13 +152,13 @@ def _product(
     if backward:
         weight = weight.T
     N = weight.shape[0]
-    weight_kn = weight.stride(0) == 1 and weight.stride(1) != 1
+    weight_kn = _check.transposed(weight)
     weight = weight.T if weight_kn else _check.unit_last_stride(weight)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if not (M and N):
         return y
     arch, size = _runtime.architecture(x.device), x.element_size()
-    block_m, block_n, block_k, warps, stages = next(t for (a, b), t in TILES.items() if arch >= a and size == b)
+    block_m, block_n, block_k, warps, stages = _check.product_tile(TILES, x)
     programs = _check.cdiv(M, block_m) * _check.cdiv(N, block_n)
     if arch >= PERSISTENT_FROM:
         programs = min(programs, PROGRAMS_PER_SM * _runtime.multiprocessors(x.device))
@@ -359,7 +359,7 @@ def _parameter_gradients(
     """
     dweight = None
     if ctx.needs_input_grad[at]:
-        dweight = (x.T @ dy).T if weight.stride(0) == 1 and weight.stride(1) != 1 else dy.T @ x
+        dweight = (x.T @ dy).T if _check.transposed(weight) else dy.T @ x
     dbias = dy.sum(0, dtype=reference.wide(dy[:0]).dtype).to(dy.dtype) if ctx.needs_input_grad[at + 1] else None
     return dweight, dbias
 
