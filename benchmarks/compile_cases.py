@@ -26,10 +26,13 @@ def cases() -> dict[str, Callable[[], object]]:
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (64, 80, 128, 256)):
         found[f"attention D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _attention(_qkv(D, dtype))
         found[f"paged decode D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _paged(D, dtype, 1)
+        found[f"paged decode_ D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _decode(D, dtype)
         found[f"paged prefill D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _paged(D, dtype, 7)
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (64, 80, 128, 256)):
         found[f"paged decode grouped D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _paged(D, dtype, 1, H=12)
+        found[f"paged decode_ grouped D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _decode(D, dtype, H=12)
     found["paged decode D=64 bf16 window"] = lambda: _paged(64, torch.bfloat16, 1, window=100)
+    found["paged decode_ D=64 bf16 window"] = lambda: _decode(64, torch.bfloat16, window=100)
     found["paged decode D=64 fp16"] = lambda: _paged(64, torch.float16, 1)
     found["attention D=64 fp16"] = lambda: _attention(_qkv(64, torch.float16))
     found["attention D=64 bf16 window"] = lambda: _attention(_qkv(64, torch.bfloat16), window=128)
@@ -48,6 +51,9 @@ def cases() -> dict[str, Callable[[], object]]:
         for name, H, queries in (("decode", 4, 1), ("decode grouped", 12, 1), ("prefill", 4, 7)):
             call = functools.partial(_paged, D, dtype, queries, H=H, float8=True)
             found[f"paged {name} D={D} {SHORT[dtype]} fp8"] = call
+        for name, H in (("", 4), ("grouped ", 12)):
+            call = functools.partial(_decode, D, dtype, H=H, float8=True)
+            found[f"paged decode_ {name}D={D} {SHORT[dtype]} fp8"] = call
     for dtype, V in itertools.product((torch.bfloat16, torch.float32), (1000, 50257)):
         found[f"cross_entropy V={V} {SHORT[dtype]}"] = lambda V=V, dtype=dtype: _cross_entropy(V, dtype)
     found["linear_cross_entropy V=50257 bf16"] = _linear_cross_entropy
@@ -110,12 +116,37 @@ def _paged(
     window: int | None = None,
     float8: bool = False,
 ) -> Tensor:
-    cache = torch.empty(num_blocks, 4, 16, D, dtype=torch.float8_e4m3fn if float8 else dtype).transpose(1, 2)
-    scale = torch.ones(4) if float8 else None
+    cache, options = _cache(D, dtype, num_blocks, window, float8)
     table, lens, cu = (torch.zeros(shape, dtype=torch.int32) for shape in ((S, max_blocks), (S,), (S + 1,)))
     q = torch.empty(max(rows, S), H, D, dtype=dtype)
-    options = {"window": window, "k_scale": scale, "v_scale": scale}
     return ops.paged_attention(q, cache, cache, table, lens, cu, max_seqlen, **options)
+
+
+def _decode(
+    D: int,
+    dtype: torch.dtype,
+    *,
+    H: int = 4,
+    S: int = 16,
+    num_blocks: int = 64,
+    max_blocks: int = 32,
+    window: int | None = None,
+    float8: bool = False,
+) -> Tensor:
+    cache, options = _cache(D, dtype, num_blocks, window, float8)
+    q = torch.empty(S, H + 8, D, dtype=dtype)  # of one projection
+    table, lens = (torch.zeros(shape, dtype=torch.int32) for shape in ((S, max_blocks), (S,)))
+    slots = torch.zeros(S, dtype=torch.int64)
+    k, v = q[:, H : H + 4], q[:, H + 4 :]
+    return ops.paged_decode_(q[:, :H], k, v, cache, cache.clone(), slots, table, lens, **options)
+
+
+def _cache(
+    D: int, dtype: torch.dtype, num_blocks: int, window: int | None, float8: bool
+) -> tuple[Tensor, dict[str, Any]]:
+    cache = torch.empty(num_blocks, 4, 16, D, dtype=torch.float8_e4m3fn if float8 else dtype).transpose(1, 2)
+    scale = torch.ones(4) if float8 else None
+    return cache, {"window": window, "k_scale": scale, "v_scale": scale}
 
 
 def _map(D: int, dtype: torch.dtype, window: int | None, causal: bool = True, rows: int = 256, Tk: int = 256) -> object:
@@ -228,6 +259,10 @@ def lengths() -> dict[str, Callable[[int], object]]:
         "paged decode num_blocks": lambda n: _paged(64, bf16, 1, num_blocks=n),
         "paged decode rows": lambda n: _paged(64, bf16, 1, rows=n, S=1),
         "paged decode window": lambda n: _paged(64, bf16, 1, window=n),
+        "paged decode_ S": lambda n: _decode(64, bf16, S=n),
+        "paged decode_ max_blocks": lambda n: _decode(64, bf16, max_blocks=min(n, 1000)),
+        "paged decode_ num_blocks": lambda n: _decode(64, bf16, num_blocks=n),
+        "paged decode_ window": lambda n: _decode(64, bf16, window=n),
         "advance_ S": lambda n: _advance(S=n),
         "advance_ max_blocks": lambda n: _advance(max_blocks=n),
         "append_kv_ N": lambda n: _append(bf16, N=n),

@@ -124,6 +124,9 @@ def attend_paged(qkv: Tensor, *, batch: PagedBatch, cache: LayerCache, scale: fl
     scales: dict[str, Any] = {}
     if cache.key_scale is not None:
         scales = {"k_scale": cache.key_scale, "v_scale": cache.value_scale}
+    if batch.max_seqlen == 1:
+        where = batch.slots, batch.block_table, batch.context_lens
+        return ops.paged_decode_(q, k, v, cache.keys, cache.values, *where, scale=scale, **scales)
     ops.append_kv_(k, v, cache.keys, cache.values, batch.slots, **scales)
     return ops.paged_attention(
         q,

@@ -22,7 +22,7 @@ from gpt2_kernels.gemm import gelu_mlp, linear
 from gpt2_kernels.int8 import linear_int8, quantize
 from gpt2_kernels.kv_cache import append_kv_
 from gpt2_kernels.layernorm import add_layer_norm, layer_norm
-from gpt2_kernels.paged import paged_attention
+from gpt2_kernels.paged import paged_attention, paged_decode_
 from gpt2_kernels.paged_layer import has_paged_layer, paged_layer_
 from gpt2_kernels.sampling import sample
 from gpt2_kernels.sdpa import scaled_dot_product_attention
@@ -51,6 +51,7 @@ __all__ = [
     "linear_int8",
     "modules",
     "paged_attention",
+    "paged_decode_",
     "paged_layer_",
     "path_of",
     "quantize",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, _native, _runtime, reference
+from gpt2_kernels._float8 import to_float8
 from gpt2_kernels._runtime import launch, register, tl, triton
 
 
@@ -54,19 +55,10 @@ def append_kv_kernel(
         k = tl.load(k_ptr + n * stride_kn + h * stride_kh + d, mask=inside)
         v = tl.load(v_ptr + n * stride_vn + h * stride_vh + d, mask=inside)
         if k_scale_ptr is not None:
-            k = _to_float8(k, tl.load(k_scale_ptr + h, mask=h < H, other=1.0))
-            v = _to_float8(v, tl.load(v_scale_ptr + h, mask=h < H, other=1.0))
+            k = to_float8(k, tl.load(k_scale_ptr + h, mask=h < H, other=1.0))
+            v = to_float8(v, tl.load(v_scale_ptr + h, mask=h < H, other=1.0))
         tl.store(k_cache_ptr + block * stride_kcb + offset * stride_kct + h * stride_kch + d, k, mask=inside)
         tl.store(v_cache_ptr + block * stride_vcb + offset * stride_vct + h * stride_vch + d, v, mask=inside)
-
-
-@triton.jit
-def _to_float8(x, scale):
-    """Divided as IEEE says, so that every path writes the same bits; a NaN stays one."""
-    x = tl.clamp(
-        tl.div_rn(x.to(tl.float32), scale + tl.zeros_like(x).to(tl.float32)), -448.0, 448.0, tl.PropagateNan.ALL
-    )
-    return x.to(tl.float8e4nv)
 
 
 def _append_triton(

@@ -232,6 +232,57 @@ def _paged_triton(
     return out
 
 
+def _decode_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    _check.float8_gpu("paged_decode_", k_cache)
+    q, k, v, block_table = (_check.unit_last_stride(t) for t in (q, k, v, block_table))
+    k_scale, v_scale = (None if scale is None else scale.contiguous() for scale in (k_scale, v_scale))
+    slots, lens = slots.contiguous(), context_lens.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows: tuple[Tensor, ...] = (q, k, v, slots, block_table, lens, out)
+    for first in range(0, out.shape[0] if out.numel() else 0, MAX_SEQUENCES):
+        part = rows
+        if out.shape[0] > MAX_SEQUENCES:
+            part = tuple(t[first : first + MAX_SEQUENCES] for t in rows)
+        q, k, v, slots, block_table, lens, some = part
+        _paged_decode.decode(
+            q, k_cache, v_cache, block_table, lens, None, scale * LOG2_E, window, k_scale, v_scale, some, 0,
+            fresh=(k, v, slots),
+        )  # fmt: skip
+    return out
+
+
+def _decode_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    torch.ops.gpt2_kernels.append_kv_(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+    starts = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+    return _paged_cpu(q, k_cache, v_cache, block_table, context_lens, starts, 1, scale, window, k_scale, v_scale)
+
+
 def _paged_cpu(
     q: Tensor,
     k_cache: Tensor,
@@ -304,6 +355,39 @@ register(
     fake=_fake,
     cpu="native",
 )
+register(
+    "paged_decode_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots,"
+    " Tensor block_table, Tensor context_lens, float scale, int window, Tensor? k_scale=None, Tensor? v_scale=None)"
+    " -> Tensor",
+    triton_impl=_decode_triton,
+    cpu_impl=_decode_cpu,
+    fake=lambda q, *others: q.new_empty(q.shape),
+    cpu="native",
+)
+
+
+def _check_cache(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    block_table: Tensor,
+    context_lens: Tensor,
+) -> None:
+    _check.rank(op, "k_cache", k_cache, "(num_blocks, block_size, Hkv, D)")
+    _check.cache(op, "q", q, k_cache, v_cache, k_scale, v_scale)
+    _check.shape(op, "k_cache", k_cache, (*k_cache.shape[:3], q.shape[2]), "(num_blocks, block_size, Hkv, D)")
+    _check.shape(op, "v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
+    _check.heads(op, q.shape[1], k_cache.shape[2], q.shape[2])
+    _check.rank(op, "block_table", block_table, "(S, max_blocks)")
+    _check.shape(op, "context_lens", context_lens, (block_table.shape[0],), "(S,)")
+    for name, tensor in (("block_table", block_table), ("context_lens", context_lens)):
+        _check.index(op, name, tensor, torch.int32, q)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+            _check.fail(op, f"last axis of {name} must be dense", cache.stride())
 
 
 def paged_attention(
@@ -335,24 +419,51 @@ def paged_attention(
     """
     op = "paged_attention"
     _check.rank(op, "q", q, "(Nq, H, D)")
-    _check.rank(op, "k_cache", k_cache, "(num_blocks, block_size, Hkv, D)")
-    _check.cache(op, "q", q, k_cache, v_cache, k_scale, v_scale)
-    _check.shape(op, "k_cache", k_cache, (*k_cache.shape[:3], q.shape[2]), "(num_blocks, block_size, Hkv, D)")
-    _check.shape(op, "v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
-    _check.heads(op, q.shape[1], k_cache.shape[2], q.shape[2])
-    _check.rank(op, "block_table", block_table, "(S, max_blocks)")
-    S = block_table.shape[0]
-    _check.shape(op, "context_lens", context_lens, (S,), "(S,)")
-    _check.shape(op, "cu_seqlens_q", cu_seqlens_q, (S + 1,), "(S + 1,)")
-    for name, tensor in (("block_table", block_table), ("context_lens", context_lens), ("cu_seqlens_q", cu_seqlens_q)):
-        _check.index(op, name, tensor, torch.int32, q)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
-            _check.fail(op, f"last axis of {name} must be dense", cache.stride())
+    _check_cache(op, q, k_cache, v_cache, k_scale, v_scale, block_table, context_lens)
+    _check.shape(op, "cu_seqlens_q", cu_seqlens_q, (block_table.shape[0] + 1,), "(S + 1,)")
+    _check.index(op, "cu_seqlens_q", cu_seqlens_q, torch.int32, q)
     if max_seqlen_q < 0:
         _check.fail(op, "max_seqlen_q must be at least 0", max_seqlen_q)
     scale, window = _check.attention_options(op, q.shape[2], scale, window)
     _check.no_gradient(op, q=q, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.gpt2_kernels.paged_attention(
         q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, max_seqlen_q, scale, window, k_scale, v_scale
+    )
+
+
+def paged_decode_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """`append_kv_` and `paged_attention` of one new token a sequence, in one launch: q (S, H, D) -> (S, H, D).
+
+    k, v (S, Hkv, D) are written to slots (S,) int64 of the cache, each the place of its sequence's last position,
+    context_lens[s] - 1; -1 for a sequence that has nothing new, whose last position is in the cache. All else as in
+    those two. No gradient. Raises ValueError as they do.
+    """
+    op = "paged_decode_"
+    _check.rank(op, "q", q, "(S, H, D)")
+    _check_cache(op, q, k_cache, v_cache, k_scale, v_scale, block_table, context_lens)
+    S = q.shape[0]
+    _check.shape(op, "block_table", block_table, (S, block_table.shape[1]), "(S, max_blocks)")
+    _check.same_kind(op, "q", q, k=k, v=v)
+    for name, tensor in (("k", k), ("v", v)):
+        _check.shape(op, name, tensor, (S, *k_cache.shape[2:]), "(S, Hkv, D)")
+    _check.shape(op, "slots", slots, (S,), "(S,)")
+    _check.index(op, "slots", slots, torch.int64, q)
+    scale, window = _check.attention_options(op, q.shape[2], scale, window)
+    _check.no_gradient(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    return torch.ops.gpt2_kernels.paged_decode_(
+        q, k, v, k_cache, v_cache, slots, block_table, context_lens, scale, window, k_scale, v_scale
     )

@@ -240,6 +240,27 @@ def paged_attention(
     return out
 
 
+def paged_decode_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """`append_kv_` of one token a sequence, then `paged_attention`."""
+    append_kv_(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
+    cache = k_cache, v_cache, block_table, context_lens, torch.arange(len(q) + 1, dtype=torch.int32)
+    return paged_attention(q, *cache, scale=scale, window=window, k_scale=k_scale, v_scale=v_scale)
+
+
 def advance_(
     drawn: Tensor,
     tokens: Tensor,

@@ -11,13 +11,15 @@ Specification: https://github.com/Dao-AILab/flash-attention, flash_attn/flash_at
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gpt2_kernels import _check
 from gpt2_kernels.fused_attention import attention, attention_qkvpacked, attention_varlen
 from gpt2_kernels.kv_cache import append_kv_
-from gpt2_kernels.paged import paged_attention
+from gpt2_kernels.paged import paged_attention, paged_decode_
 
 INSTEAD = "torch.nn.functional.scaled_dot_product_attention takes any mask"
 
@@ -258,21 +260,22 @@ def flash_attn_with_kvcache(
 
     if (k is None) != (v is None):
         _check.fail(op, "k and v must come together", "one of them")
-    lengths = cache_seqlens
+    causal, window = _window(op, causal, window_size, capacity)
+    if not causal and Tq > 1:
+        _check.fail(op, "causal must be True for more than one query (flash_attn_func takes either)", f"Tq = {Tq}")
+    options: dict[str, Any] = {"scale": softmax_scale, "window": window}
+    lengths, caches = cache_seqlens, (k_cache, v_cache)
     if k is not None and v is not None:
         _check.rank(op, "k", k, "(B, Tnew, Hkv, D)")
         _check.shape(op, "k", k, (B, k.shape[1], *k_cache.shape[2:]), "(B, Tnew, Hkv, D)")
         _check.shape(op, "v", v, tuple(k.shape), "(B, Tnew, Hkv, D)")
-        append_kv_(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, _slots(op, lengths, k, k_cache, block_table))
+        slots = _slots(op, lengths, k, k_cache, block_table)
         lengths = lengths + k.shape[1]
-
-    causal, window = _window(op, causal, window_size, capacity)
-    if not causal and Tq > 1:
-        _check.fail(op, "causal must be True for more than one query (flash_attn_func takes either)", f"Tq = {Tq}")
+        if Tq == k.shape[1] == 1:
+            return paged_decode_(q[:, 0], k[:, 0], v[:, 0], *caches, slots, block_table, lengths, **options)[:, None]
+        append_kv_(k.flatten(0, 1), v.flatten(0, 1), *caches, slots)
     cu_seqlens = torch.arange(0, B * Tq + 1, Tq, dtype=torch.int32, device=q.device) if Tq else lengths.new_zeros(B + 1)
-    out = paged_attention(
-        q.flatten(0, 1), k_cache, v_cache, block_table, lengths, cu_seqlens, Tq, scale=softmax_scale, window=window
-    )
+    out = paged_attention(q.flatten(0, 1), *caches, block_table, lengths, cu_seqlens, Tq, **options)
     return out.unflatten(0, (B, Tq))
 
 
