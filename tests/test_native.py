@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from gpt2_kernels import _native, reference
 
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.status())
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no c++ on this machine")
+X86 = platform.machine() in ("x86_64", "AMD64")
 ALL_LEVELS = 4  # AMX where there is one
 DOT_PRODUCTS = 3  # AVX-512 with BF16 and VNNI, which products need
 
@@ -693,6 +695,22 @@ print(loaded, _native.status())
 """
 
 
+OLD_COMPILER_CHILD = (
+    CHILD
+    + """
+from gpt2_kernels import _runtime
+import gpt2_kernels as ops
+with _runtime.force("native"):
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    for dtype in (torch.float32, torch.bfloat16):  # by whatever there is
+        y = ops.linear(x.to(dtype), weight.to(dtype))
+        torch.testing.assert_close(y.float(), x @ weight.T, rtol=0.05, atol=0.1)
+    print(_runtime._simd_level(), _runtime.path_of("linear", "cpu"), sep="\\n")
+assert _runtime.has_amx() == torch.cpu._is_amx_tile_supported()
+"""
+)
+
+
 class Machine:
     """Runs a fresh interpreter with a cache folder, temporary folder and compiler of its own, and logs the compiler."""
 
@@ -706,13 +724,13 @@ class Machine:
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(self.cache), "TMPDIR": str(self.temporary)}
         self.environment |= {"CXX": str(script), "PYTHONPATH": str(Path(_native.__file__).parents[1])}
 
-    def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", CHILD]
+    def start(self, code: str = CHILD) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=pipe, text=True)
 
-    def run(self) -> str:
-        return self.result(self.start())
+    def run(self, code: str = CHILD) -> str:
+        return self.result(self.start(code))
 
     def result(self, child: subprocess.Popen[str]) -> str:
         out, err = child.communicate(timeout=600)
@@ -772,8 +790,37 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
     complain = 'echo note >&2; echo "a.h:1: error: no" >&2; exit 1'
     machine = Machine(tmp_path, compiler=f'[ "$1" = --version ] && exit 0; {complain}')
     assert machine.run() == "False compiler failed: a.h:1: error: no"
-    assert machine.compilations() == 1
+    assert machine.compilations() == (len(_native.LEVELS) if X86 else 1)
     assert machine.libraries() == []
+
+
+@needs_compiler
+@pytest.mark.skipif(not X86, reason="levels of x86's instructions")
+@pytest.mark.parametrize("level, refused", [(3, "amx"), (2, "amx avx512_dot")], ids=["amx", "products"])
+def test_a_compiler_that_is_too_old(tmp_path, level: int, refused: str) -> None:
+    """All that it can compile is there, and the status says what is not; also of the library that is found again."""
+    old = tmp_path / "old.h"
+    old.write_text(f"#pragma GCC poison {refused}\n")  # an error where one of these namespaces is left in the source
+    machine = Machine(tmp_path, compiler=f'exec c++ "$@" -O0 -include {old}')  # -O0: in a third of the time
+    for _ in range(2):
+        status, mine, product = machine.run(OLD_COMPILER_CHILD).splitlines()
+        assert status.startswith(f"True compiled ops loaded from {machine.cache}")
+        assert status.endswith(_native.LEVELS[level])
+        assert int(mine) == min(level, _native.ops().simd_level(ALL_LEVELS))
+        assert (product == "compiled C++") == (int(mine) >= DOT_PRODUCTS)
+        assert machine.compilations() == 1 + max(_native.LEVELS) - level
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for a compiler is a shell script")
+def test_a_new_assembler_is_asked_again(tmp_path, monkeypatch):
+    """A library without AMX, made because of the old one, is not what is found then."""
+    for version in "12":
+        compiler, assembler = tmp_path / "cxx", tmp_path / "as"
+        compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo C++ || echo {assembler}\n')
+        assembler.write_text(f"#!/bin/sh\necho as {version}\n")
+        compiler.chmod(0o755), assembler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        assert _native._find_compiler() == ([str(compiler)], f"C++; as {version}")
 
 
 def test_missing_sources_and_surprises_are_a_status(tmp_path, monkeypatch):
