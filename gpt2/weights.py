@@ -36,13 +36,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import gpt2_kernels as ops
 from gpt2.config import GPT2Config, preset_or_folder
 
 Model = TypeVar("Model", bound=nn.Module)
 
 STORYBOOK = Path(__file__).parent / "storybook"  # the model that ships with the package
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-OLDEST_GPU = 8, 0  # compute capability from which on the kernels compile
 
 _PREFIX = "transformer."
 _HEAD = "lm_head.weight"  # the output embedding, where a checkpoint repeats the input embedding under its second name
@@ -198,8 +198,7 @@ def device_of(device: str | torch.device | None, option: str) -> torch.device:
     Raises ValueError that begins with `option` for what is no device, is not here, or is too old a GPU.
     """
     if device is None:
-        usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= OLDEST_GPU
-        return torch.device("cuda" if usable else "cpu")
+        return torch.device("cpu" if ops.gpu_refusal() else "cuda")
     try:
         found = torch.device(device)
     except RuntimeError as e:
@@ -208,17 +207,9 @@ def device_of(device: str | torch.device | None, option: str) -> torch.device:
         count = torch.cuda.device_count()
         if (found.index or 0) >= count:
             raise ValueError(f"{option} must exist, got '{found}' with {count} GPUs")
-        capability = torch.cuda.get_device_capability(found)
-        if capability < OLDEST_GPU:
-            raise ValueError(
-                f"{option} must be a GPU of compute capability {_version(OLDEST_GPU)} or later, "
-                f"got '{found}', which has {_version(capability)}"
-            )
+        if refusal := ops.gpu_refusal(found):
+            raise ValueError(f"{option} '{found}': {refusal}")
     return found
-
-
-def _version(capability: tuple[int, int]) -> str:
-    return "{}.{}".format(*capability)
 
 
 def _download(name: str) -> Path:
