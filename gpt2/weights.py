@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import gpt2_kernels as ops
 from gpt2.config import GPT2Config, preset_or_folder
+from gpt2.device import device_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,7 +82,7 @@ def load(
     """`cls(config)` with the weights of a preset or folder, in eval mode.
 
     `cls` is any module whose parameters are named and shaped as `shapes(config)` says. `device` is as for
-    `device_of`; `dtype` None is that of the file (float32 where the file mixes several, or holds float64).
+    `gpt2.device.device_of`; `dtype` None is that of the file (float32 where the file mixes several, or holds float64).
 
     Raises ValueError naming the file or the tensors, and loads nothing, where anything is missing, unknown, of another
     shape, truncated, or refused.
@@ -190,26 +190,6 @@ class _NoRandomStart(TorchFunctionMode):
         if getattr(func, "__name__", "") in self.SKIPPED:  # torch.nn.init.normal_(tensor=...) and Tensor.normal_
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def device_of(device: str | torch.device | None, option: str) -> torch.device:
-    """The device of that name; None is the GPU where there is one that the kernels compile for, else the CPU.
-
-    Raises ValueError that begins with `option` for what is no device, is not here, or is too old a GPU.
-    """
-    if device is None:
-        return torch.device("cpu" if ops.gpu_refusal() else "cuda")
-    try:
-        found = torch.device(device)
-    except RuntimeError as e:
-        raise ValueError(f"{option} {device!r}: {_reason(e)}") from None
-    if found.type == "cuda":
-        count = torch.cuda.device_count()
-        if (found.index or 0) >= count:
-            raise ValueError(f"{option} must exist, got '{found}' with {count} GPUs")
-        if refusal := ops.gpu_refusal(found):
-            raise ValueError(f"{option} '{found}': {refusal}")
-    return found
 
 
 def _download(name: str) -> Path:

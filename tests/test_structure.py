@@ -22,8 +22,8 @@ OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDA
 
 # Each may import those before it, and nothing else of the package.
 MODEL_ORDER = (
-    "config", "profiling", "blocks", "text", "sampling", "recipe", "weights", "tokenizer", "reference", "layer",
-    "model", "parallel", "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "trainer",
+    "config", "profiling", "blocks", "text", "sampling", "recipe", "device", "weights", "tokenizer", "reference",
+    "layer", "model", "parallel", "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "trainer",
     "training", "__init__", "options", "commands", "evaluate", "harness", "batch_files", "batch", "cli", "__main__",
 )  # fmt: skip
 
