@@ -9,7 +9,7 @@
 
 #include "cpu_tiles.h"
 
-#if defined(__x86_64__)
+#if GPT2K_PRODUCTS
 
 namespace {
 
@@ -70,4 +70,4 @@ void run_linear_amx(const X* x, int64_t x_stride, const X* weight, int64_t weigh
 
 }  // namespace
 
-#endif  // __x86_64__
+#endif  // GPT2K_PRODUCTS

@@ -464,7 +464,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Te
   return {tokens, logprobs, top_ids, top_values};
 }
 
-#if defined(__x86_64__)
+#if GPT2K_PRODUCTS
 
 constexpr int64_t kMaxInt8K = 65536;  // sums of 255 * 127 fit in 32 bits
 constexpr int64_t kTileRowsInt8 = 4;  // fewer are faster without AMX's tiles; the sums are exact either way
@@ -653,7 +653,7 @@ Tensor paged_layer_(const Tensor& x, const std::vector<Tensor> weights, const st
   return product(hidden, weights[10], weights[11], scale_of(3), MaybeTensor(between), 0);
 }
 
-#endif  // __x86_64__
+#endif  // GPT2K_PRODUCTS
 
 // For tests and reports: lowers the instruction set to at most `limit` and returns the one in use (0 portable, 1 AVX2,
 // 2 AVX-512, 3 with BF16 and VNNI, 4 with AMX too).
@@ -687,7 +687,7 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
       "Tensor positions, Tensor? history, Tensor? penalty, int top_logprobs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("simd_level(int limit) -> int");
-#if defined(__x86_64__)
+#if GPT2K_PRODUCTS
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool keep) -> (Tensor, Tensor)");
   m.def(
@@ -710,7 +710,7 @@ STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_));
   m.impl("sample", TORCH_BOX(&sample));
-#if defined(__x86_64__)
+#if GPT2K_PRODUCTS
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("paged_layer_", TORCH_BOX(&paged_layer_));

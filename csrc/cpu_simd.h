@@ -7,10 +7,17 @@
 #include <cstring>
 #include <limits>
 
+// The highest level of instructions that is compiled, as simd_level numbers them. _native.py lowers it for a compiler or
+// an assembler that knows fewer: below 4 there is no AMX, below 3 there are no products, as on other processors.
+#ifndef GPT2K_LEVEL
+#define GPT2K_LEVEL 4
+#endif
+
 #if defined(__x86_64__)
 #include <immintrin.h>
-#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define GPT2K_AMX 1  // this compiler knows it, and this system says whether a process may use it
+#define GPT2K_PRODUCTS (GPT2K_LEVEL >= 3)
+#if GPT2K_LEVEL >= 4 && defined(__linux__)
+#define GPT2K_AMX 1  // this system says whether a process may use it
 #include <cpuid.h>
 #include <sys/syscall.h>
 #endif
@@ -85,7 +92,10 @@ int detect_simd_level() {
   __builtin_cpu_init();  // some runtimes of clang's do not fill it in by themselves
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
+#if GPT2K_PRODUCTS  // a compiler that has none may not know these names
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return 3;
+#endif
+    return 2;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
@@ -110,7 +120,7 @@ bool amx_in_use() {
 #endif
 }
 
-#if defined(__x86_64__)
+#if GPT2K_PRODUCTS
 
 // Of the innermost cache for data.
 int64_t inner_cache_bytes() {
@@ -121,6 +131,6 @@ int64_t inner_cache_bytes() {
   return 32 << 10;
 }
 
-#endif  // __x86_64__
+#endif  // GPT2K_PRODUCTS
 
 }  // namespace

@@ -51,7 +51,7 @@ GPT2K_INLINE KeyRange visible_keys(const AttentionShape& shape, int64_t position
   return {begin > 0 ? begin : 0, position + 1};
 }
 
-#if defined(__x86_64__)
+#if GPT2K_PRODUCTS
 
 constexpr int kLinearRows = 64;  // rows and columns of y that a thread computes at a time (no influence on the result)
 constexpr int kLinearCols = 64;
@@ -75,7 +75,7 @@ struct LinearEpilogue {
   const int32_t* x_sum;       // (M,) sums of the rows of x in int8, where 128 of them are in every sum; else null
 };
 
-#endif  // __x86_64__
+#endif  // GPT2K_PRODUCTS
 
 #define GPT2K_LANES 4
 namespace portable {
@@ -115,6 +115,7 @@ namespace avx512 {
 }  // namespace avx512
 GPT2K_TARGET_END
 
+#if GPT2K_PRODUCTS
 GPT2K_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")
 namespace avx512_dot {
 #include "cpu_lanes.h"
@@ -122,6 +123,7 @@ namespace avx512_dot {
 #include "cpu_linear_tile.h"
 }  // namespace avx512_dot
 GPT2K_TARGET_END
+#endif
 
 #if GPT2K_AMX
 GPT2K_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,amx-int8")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import gpt2_kernels as ops
 from gpt2.model import GPT2, LayerCache, PagedBatch
 
 if TYPE_CHECKING:
@@ -34,9 +35,8 @@ class PagedCache:
         if dtype not in (model.dtype, FLOAT8):
             raise ValueError(f"Engine: cache_dtype must be {model.dtype} or {FLOAT8}, got {dtype}")
         on_gpu = model.device.type == "cuda"
-        if dtype == FLOAT8 and on_gpu and (capability := torch.cuda.get_device_capability(model.device)) < (8, 9):
-            need = f"a {FLOAT8} cache needs a GPU of compute capability 8.9 or later"
-            raise ValueError(f"Engine: {need}, got {'{}.{}'.format(*capability)}")
+        if on_gpu and (refusal := ops.gpu_refusal(model.device, dtype)):
+            raise ValueError(f"Engine: {refusal}")
         bytes_a_block = block_bytes(model, block_size, dtype)
         if num_blocks is None:
             most = max_batch * -(-config.n_positions // block_size)

@@ -41,9 +41,9 @@ def load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
 
     import torch
 
+    from gpt2.device import device_of
     from gpt2.model import GPT2
     from gpt2.tokenizer import load_tokenizer
-    from gpt2.weights import device_of
     from gpt2_kernels import _runtime
 
     device = device_of(options.device, "--device")

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 import gpt2_kernels as ops
-from gpt2 import weights
+from gpt2.device import device_of
 from gpt2.layer import MLP, PROMPT, Attend, Block, Products, SelfAttention
 from gpt2.model import GPT2
 
@@ -75,10 +75,10 @@ def processes() -> int:
 def world(device: str | None) -> Iterator[World]:
     """The processes that torchrun started, or this one alone. NCCL between GPUs, gloo between CPUs."""
     size, rank = processes(), int(os.environ.get("RANK", "0"))
-    found = weights.device_of(device, "--device")
+    found = device_of(device, "--device")
     if found.type == "cuda":
         if found.index is None:
-            found = weights.device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}", "--device")
+            found = device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}", "--device")
         torch.cuda.set_device(found)
     if size == 1:
         yield World(0, 1, found)

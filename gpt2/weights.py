@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gpt2.config import GPT2Config, preset_or_folder
+from gpt2.device import device_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
 STORYBOOK = Path(__file__).parent / "storybook"  # the model that ships with the package
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-OLDEST_GPU = 8, 0  # compute capability from which on the kernels compile
 
 _PREFIX = "transformer."
 _HEAD = "lm_head.weight"  # the output embedding, where a checkpoint repeats the input embedding under its second name
@@ -82,7 +82,7 @@ def load(
     """`cls(config)` with the weights of a preset or folder, in eval mode.
 
     `cls` is any module whose parameters are named and shaped as `shapes(config)` says. `device` is as for
-    `device_of`; `dtype` None is that of the file (float32 where the file mixes several, or holds float64).
+    `gpt2.device.device_of`; `dtype` None is that of the file (float32 where the file mixes several, or holds float64).
 
     Raises ValueError naming the file or the tensors, and loads nothing, where anything is missing, unknown, of another
     shape, truncated, or refused.
@@ -190,35 +190,6 @@ class _NoRandomStart(TorchFunctionMode):
         if getattr(func, "__name__", "") in self.SKIPPED:  # torch.nn.init.normal_(tensor=...) and Tensor.normal_
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def device_of(device: str | torch.device | None, option: str) -> torch.device:
-    """The device of that name; None is the GPU where there is one that the kernels compile for, else the CPU.
-
-    Raises ValueError that begins with `option` for what is no device, is not here, or is too old a GPU.
-    """
-    if device is None:
-        usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= OLDEST_GPU
-        return torch.device("cuda" if usable else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as e:
-        raise ValueError(f"{option} {device!r}: {_reason(e)}") from None
-    if found.type == "cuda":
-        count = torch.cuda.device_count()
-        if (found.index or 0) >= count:
-            raise ValueError(f"{option} must exist, got '{found}' with {count} GPUs")
-        capability = torch.cuda.get_device_capability(found)
-        if capability < OLDEST_GPU:
-            raise ValueError(
-                f"{option} must be a GPU of compute capability {_version(OLDEST_GPU)} or later, "
-                f"got '{found}', which has {_version(capability)}"
-            )
-    return found
-
-
-def _version(capability: tuple[int, int]) -> str:
-    return "{}.{}".format(*capability)
 
 
 def _download(name: str) -> Path:

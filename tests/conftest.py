@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,15 @@ def production() -> Iterator[torch.device]:
     else:
         with _runtime.force("native" if _native.load() else "torch"):
             yield torch.device("cpu")
+
+
+@pytest.fixture
+def ops() -> Iterator[Any]:
+    """The compiled operators themselves; instruction set and thread count are put back afterwards."""
+    if not _native.load():
+        pytest.skip(_native.status())
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield _native.ops()
+    torch.set_num_threads(threads)
+    _native.ops().simd_level(_runtime.ALL_INSTRUCTIONS)

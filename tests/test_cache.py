@@ -49,11 +49,20 @@ def test_swapped_blocks_without_pinned_memory(
     assert pinned == [True] * (expected or not pins)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6)])
-def test_an_fp8_cache_on_an_older_gpu(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "capability", "need"),
+    [
+        (torch.float8_e4m3fn, (8, 0), "a torch.float8_e4m3fn cache needs .* 8.9"),
+        (torch.float8_e4m3fn, (8, 6), "a torch.float8_e4m3fn cache needs .* 8.9"),
+        (None, (7, 5), "kernels need .* 8.0"),
+    ],
+)
+def test_a_cache_on_an_older_gpu(
+    dtype: torch.dtype | None, capability: tuple[int, int], need: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Refused when the engine is made, and not by the operator in its first step."""
     monkeypatch.setattr(GPT2, "device", GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     got = ".".join(map(str, capability))
-    with pytest.raises(ValueError, match=f"^Engine: a torch.float8_e4m3fn cache needs .* 8.9 or later, got {got}$"):
-        Engine(GPT2(tiny_config()), cache_dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=f"^Engine: {need} or later, got {got}$"):
+        Engine(GPT2(tiny_config()), cache_dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 
 import nanogpt
 import pytest
@@ -75,6 +76,39 @@ def test_environment_report() -> None:
                PYTHONPATH=str(ROOT / "kernels"), TRITON_PRINT_AUTOTUNING="1")  # fmt: skip
     assert done.returncode == 0 and "TRITON_PRINT_AUTOTUNING=1" in done.stdout, done.stderr[-2000:]
     assert "in interpreter mode" not in done.stdout
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is there for CUDA, and no kernel compiles for it: each says so, with the rule and what was got."""
+    card = SimpleNamespace(name="Tesla T4", major=7, minor=5, total_memory=2**34, multi_processor_count=40)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (card.major, card.minor))
+    refusal = "kernels need a GPU of compute capability 8.0 or later, got 7.5"
+    assert explain("attention").splitlines()[0] == f"attention on cuda: none: {refusal}"
+    assert explain("linear_int8").splitlines()[0] == "linear_int8 on cuda: none: int8 weights are for CPUs"
+    assert f"Tesla T4, sm_75, 16 GiB, 40 multiprocessors\n               refused: {refusal}\n" in env_report.report()
+    warmup.main(["--model", "storybook"])
+    assert capsys.readouterr().out.startswith(f"no kernel to compile: {refusal}; C++ operators: ")
+    card.major, card.minor = 8, 0
+    assert explain("attention").splitlines()[0] == "attention on cuda: Triton kernel"
+
+
+@pytest.mark.parametrize(("capability", "dtype", "need"), [
+    ((7, 5), None, "kernels need a GPU of compute capability 8.0 or later"),
+    ((8, 0), None, None),
+    ((8, 0), torch.bfloat16, None),
+    ((8, 6), torch.float8_e4m3fn, "a torch.float8_e4m3fn cache needs a GPU of compute capability 8.9 or later"),
+    ((8, 9), torch.float8_e4m3fn, None),
+    ((12, 0), torch.float8_e4m3fn, None),
+])  # fmt: skip
+def test_which_gpus_are_refused(
+    capability: tuple[int, int], dtype: torch.dtype | None, need: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    got = ops.gpu_refusal(torch.device("cuda:1"), dtype)
+    assert got == (need and f"{need}, got {capability[0]}.{capability[1]}")
 
 
 def test_warmup_calls_every_kernel(path: torch.device) -> None:

@@ -22,8 +22,8 @@ OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDA
 
 # Each may import those before it, and nothing else of the package.
 MODEL_ORDER = (
-    "config", "profiling", "blocks", "text", "sampling", "recipe", "weights", "tokenizer", "reference", "layer",
-    "model", "parallel", "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "trainer",
+    "config", "profiling", "blocks", "text", "sampling", "recipe", "device", "weights", "tokenizer", "reference",
+    "layer", "model", "parallel", "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "trainer",
     "training", "__init__", "options", "commands", "evaluate", "harness", "batch_files", "batch", "cli", "__main__",
 )  # fmt: skip
 
@@ -95,7 +95,10 @@ def test_every_operator_has_a_reference_and_a_test() -> None:
     import gpt2_kernels
     from gpt2_kernels import reference
 
-    tools = {"OPS", "apply", "compat", "explain", "has_paged_layer", "integrations", "modules", "path_of", "reference"}
+    tools = {
+        "OPS", "apply", "compat", "explain", "gpu_refusal", "has_paged_layer", "integrations", "modules", "path_of",
+        "reference",
+    }  # fmt: skip
     for name in set(gpt2_kernels.__all__) - tools:
         assert callable(getattr(reference, name)), name
     for stem in (*OP_FILES, *WRAPPERS):

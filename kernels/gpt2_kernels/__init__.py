@@ -11,6 +11,7 @@ from gpt2_kernels import (
     modules,
     reference,
 )
+from gpt2_kernels._check import gpu_refusal
 from gpt2_kernels._runtime import OPS, path_of
 from gpt2_kernels.attentionmap import attention_map
 from gpt2_kernels.crossentropy import cross_entropy, linear_cross_entropy
@@ -43,6 +44,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "gelu_mlp",
+    "gpu_refusal",
     "has_paged_layer",
     "integrations",
     "layer_norm",

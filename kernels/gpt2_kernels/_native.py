@@ -57,6 +57,13 @@ FLAGS = (
     "-Wno-psabi",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11; later versions keep it
 )
+# Of x86's instructions, as GPT2K_LEVEL in csrc numbers them, best first: what the status adds where no more compiled.
+# Whether compiler and assembler know them shows when it is tried: either may be older than the other.
+LEVELS = {
+    4: "",
+    3: ", without AMX, which did not compile",
+    2: ", without products, whose AVX-512 with BF16 and VNNI did not compile",
+}
 COMPILE_SECONDS = 600  # a compiler that takes longer is stuck
 
 _lock = threading.Lock()
@@ -116,7 +123,8 @@ def _result() -> _Outcome:
         with _lock:
             if _outcome is None:
                 try:
-                    _outcome = _Outcome(True, f"compiled ops loaded from {_load_or_build()}")
+                    library, level = _load_or_build()
+                    _outcome = _Outcome(True, f"compiled ops loaded from {library}{LEVELS[level]}")
                 except _Unavailable as reason:
                     _outcome = _Outcome(False, str(reason))
                 except Exception as error:  # an optional speed-up must never be the reason that something fails
@@ -124,36 +132,40 @@ def _result() -> _Outcome:
     return _outcome
 
 
-def _load_or_build() -> Path:
-    """Loads a valid library from a cache folder or compiles one there; a damaged one is compiled anew, once."""
+def _load_or_build() -> tuple[Path, int]:
+    """Loads a valid library from a cache folder or compiles one there, of the best level that can be; a damaged one is
+    compiled anew, once."""
     compiler, version = _find_compiler()
     sources = _source_directory()
-    stem = f"cpu_ops-{_key(sources, compiler, version)}"
+    key = _key(sources, compiler, version)
+    levels = list(LEVELS) if platform.machine() in ("x86_64", "AMD64") else [max(LEVELS)]
+    stems = {level: f"cpu_ops-{key}-{level}" for level in levels}
     folders = list(_cache_folders())
-    for folder in folders:
-        library = _find_valid(folder, stem)
-        if library is not None:
-            try:
-                return _load_library(library)
-            except OSError:  # intact, yet the loader refuses it (another libc, say)
-                with contextlib.suppress(OSError):
-                    library.unlink()
+    for level, stem in stems.items():
+        for folder in folders:
+            library = _find_valid(folder, stem)
+            if library is not None:
+                try:
+                    return _load_library(library), level
+                except OSError:  # intact, yet the loader refuses it (another libc, say)
+                    with contextlib.suppress(OSError):
+                        library.unlink()
     problem = "no cache folder"
     for folder in folders:
         try:
-            library = _build(folder, stem, sources, compiler)
+            library, level = _build(folder, stems, sources, compiler)
         except OSError as error:
             problem = _one_line(str(error))
             continue
         try:
-            return _load_library(library)
+            return _load_library(library), level
         except OSError as error:
             problem = _one_line(str(error))  # a folder mounted noexec, for one: the next may do
     raise _Unavailable(f"compiled ops could not be stored or loaded: {problem}")
 
 
 def _find_compiler() -> tuple[list[str], str]:
-    """The compiler's command and the first line of its version."""
+    """The compiler's command, and the first line of its version and of its assembler's."""
     looked_for = []
     for command in (os.environ.get("CXX", ""), *COMPILERS):
         words = shlex.split(command)  # CXX may be "ccache g++"
@@ -164,8 +176,18 @@ def _find_compiler() -> tuple[list[str], str]:
             continue
         reply = _run([*words, "--version"])
         if reply.returncode == 0:
-            return words, reply.stdout.partition("\n")[0]
+            return words, f"{_first_line(reply)}; {_assembler(words)}"
     raise _Unavailable(f"no C++ compiler found (looked for {', '.join(looked_for)})")
+
+
+def _assembler(compiler: list[str]) -> str:
+    """The first line of its version: it may be replaced, and know more, where the compiler stays. Clang needs none."""
+    name = _first_line(_run([*compiler, "-print-prog-name=as"]))
+    return _first_line(_run([name, "--version"])) if shutil.which(name) else ""
+
+
+def _first_line(reply: subprocess.CompletedProcess[str]) -> str:
+    return reply.stdout.partition("\n")[0]
 
 
 def _source_directory() -> Path:
@@ -219,8 +241,9 @@ def _library_name(stem: str, library: Path) -> str:
     return f"{stem}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
-def _build(folder: Path, stem: str, sources: Path, compiler: list[str]) -> Path:
-    """Compiles into `folder`. Processes that do so at once each rename a whole file into place, so none sees a part."""
+def _build(folder: Path, stems: dict[int, str], sources: Path, compiler: list[str]) -> tuple[Path, int]:
+    """Compiles into `folder`, the first level that compiles; where none does, the error is that of the last, which says
+    nothing of instructions. Processes that do so at once each rename a whole file into place, so none sees a part."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
@@ -229,12 +252,13 @@ def _build(folder: Path, stem: str, sources: Path, compiler: list[str]) -> Path:
         command += ["-L", str(root / "lib"), "-ltorch_cpu", "-lc10"]  # found again by name: torch is loaded already
         if sys.platform == "darwin":
             command.append(f"-Wl,-rpath,{root / 'lib'}")
-        reply = _run(command, cwd=sources)  # there, so that error messages name "cpu_ops.cpp" and no long path
-        if reply.returncode != 0:
-            raise _Unavailable(f"compiler failed: {_first_error(reply.stderr) or f'exit status {reply.returncode}'}")
-        final = folder / _library_name(stem, library)
-        os.replace(library, final)
-    return final
+        for level, stem in stems.items():  # in `sources`, so that error messages name "cpu_ops.cpp" and no long path
+            reply = _run([*command, f"-DGPT2K_LEVEL={level}"], cwd=sources)
+            if reply.returncode == 0:
+                final = folder / _library_name(stem, library)
+                os.replace(library, final)
+                return final, level
+    raise _Unavailable(f"compiler failed: {_first_error(reply.stderr) or f'exit status {reply.returncode}'}")
 
 
 def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -43,8 +43,8 @@ def report() -> str:
                 f"cuda:{index}         {properties.name}, {capability}, {memory:.0f} GiB, "
                 f"{properties.multi_processor_count} multiprocessors"
             )
-            if (properties.major, properties.minor) < (8, 0):
-                lines.append(f"               too old: kernels are made for sm_80 and later, this is {capability}")
+            if refusal := gpt2_kernels.gpu_refusal(torch.device("cuda", index)):
+                lines.append(f"               refused: {refusal}")
     else:
         lines.append("GPU            none that CUDA offers: everything runs on the CPU")
     lines.append(f"C++ operators  {_native.status()}")

@@ -57,6 +57,8 @@ _WRAPPERS = dict.fromkeys(("scaled_dot_product_attention", "attention_varlen", "
 
 def _path(op: str, device: str) -> str:
     path = _runtime.path_of(op, device)
+    if path == "Triton kernel" and (refusal := _check.gpu_refusal()):
+        return f"none: {refusal}"
     if op in ("linear", "linear_backward", "gelu_mlp") and device == "cuda":
         plain = [f"{8 * size} bits" for (size, what), who in gemm.FASTER.items() if what == "plain" and who == "torch"]
         fused = [f"{8 * size} bits" for (size, what), who in gemm.FASTER.items() if what == "fused" and who == "torch"]

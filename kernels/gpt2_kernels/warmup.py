@@ -135,9 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of tensors (default bf16)")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
-    if not torch.cuda.is_available() or not _runtime.HAS_TRITON:
-        why = "Triton is not installed" if torch.cuda.is_available() else "there is no GPU"
-        print(f"no kernel to compile: {why}; C++ operators: {_native.status()}")
+    refusal = ops.gpu_refusal() or (None if _runtime.HAS_TRITON else "Triton is not installed")
+    if refusal:
+        print(f"no kernel to compile: {refusal}; C++ operators: {_native.status()}")
         print(f"done in {time.perf_counter() - begin:.2f} s")
         return
     device = torch.device("cuda", torch.cuda.current_device())
