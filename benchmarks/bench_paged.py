@@ -51,6 +51,28 @@ def in_order(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: T
     return ours(q, k, v, torch.arange(order.numel(), device=q.device).to(torch.int32).view_as(table), lens, cu)
 
 
+def last_tokens(k: Tensor, v: Tensor, table: Tensor, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys and values (S, H, D) of each sequence's last token, in the cache already, and their slots."""
+    at = lens.long() - 1
+    blocks = table.long().gather(1, at[:, None] // SIZE)[:, 0]
+    return k[blocks, at % SIZE], v[blocks, at % SIZE], blocks * SIZE + at % SIZE
+
+
+def with_append(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tensor) -> Callable[[], Any]:
+    new_k, new_v, slots = last_tokens(k, v, table, lens)
+    return lambda: ops.paged_decode_(q, new_k, new_v, k, v, slots, table, lens)
+
+
+def append_before(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tensor) -> Callable[[], Any]:
+    new_k, new_v, slots = last_tokens(k, v, table, lens)
+
+    def call() -> Tensor:
+        ops.append_kv_(new_k, new_v, k, v, slots)
+        return ops.paged_attention(q, k, v, table, lens, cu, 1)
+
+    return call
+
+
 def torch_contiguous(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tensor) -> Callable[[], Any]:
     """PyTorch has no paged attention: its keys and values lie one behind the other before the clock starts."""
     k, v = (contiguous(c, table, int(lens[0])).contiguous() for c in (k, v))
@@ -114,6 +136,15 @@ def cases(run: Run) -> Iterator[Case]:
                 units=S,
                 limit=0.1,  # three bits of mantissa: 1/16 of each key and value, averaged
             )
+    for S, context in run.pick([(1, 1024), (256, 512)], [(8, 128)], [(2, 40)]):
+        yield Case(
+            name=f"paged decode_ batch={S} context={context}",
+            make=lambda S=S, context=context: make(run, S, context),
+            rivals={"ours": with_append, "append_kv_ before": append_before},
+            check=check,
+            moved=2.0 * S * context * H * D * run.dtype.itemsize,
+            units=S,
+        )
     for S, T in run.pick([(16, 1024)], [(1, 512)], [(2, 32)]):
         yield Case(
             name=f"paged prefill batch={S} T={T}",

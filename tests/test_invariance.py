@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_checkpoint(tmp_path_factory.mktemp("model"), config)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def model(request: pytest.FixtureRequest, folder: Path) -> GPT2:
     return GPT2.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu", dtype=request.param)
 

@@ -214,10 +214,16 @@ def test_bits_of_decode_depend_on_the_sequence_alone(path: torch.device, dtype: 
         assert torch.equal(ops.paged_attention(*alone), expected[s : s + 1]), s
 
 
-@pytest.mark.parametrize("chunks", [[64, 64, 22], [1, 149], [50, 50, 50], [100, 0, 50]], ids=str)
-def test_chunks_of_a_prompt_give_the_bits_of_the_whole(path: torch.device, chunks: list[int]) -> None:
+CHUNKS = [[64, 64, 22], [1, 149], [50, 50, 50], [100, 0, 50]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_chunks_of_a_prompt_give_the_bits_of_the_whole(
+    path: torch.device, chunks: list[int], dtype: torch.dtype
+) -> None:
     """Also where the first of them came from another request's prefix: they are keys in the cache like any."""
-    batch, texts = make_batch(path, torch.bfloat16, [150], [150], D=32)
+    batch, texts = make_batch(path, dtype, [150], [150], D=32)
     expected = ops.paged_attention(*batch)
     done = 0
     for chunk in chunks:
@@ -225,6 +231,16 @@ def test_chunks_of_a_prompt_give_the_bits_of_the_whole(path: torch.device, chunk
         out = ops.paged_attention(*lay_out(batch.q[done : done + chunk], part, [chunk], 16)._replace(max_seqlen_q=300))
         assert torch.equal(out, expected[done : done + chunk]), done
         done += chunk
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_where_pytorch_computes(dtype: torch.dtype) -> None:
+    """Without a compiler every dtype does as float16 does."""
+    device = torch.device("cpu")
+    with _runtime.force("torch"):
+        for chunks in CHUNKS:
+            test_chunks_of_a_prompt_give_the_bits_of_the_whole(device, chunks, dtype)
+        check(*make_batch(device, dtype, [7, 0, 64, 200], [7, 0, 64, 90], D=32), window=70)
 
 
 def test_decode_of_nothing(path: torch.device) -> None:

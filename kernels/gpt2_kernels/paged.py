@@ -13,6 +13,7 @@ Specification: gpt2_kernels.reference.paged_attention.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_kernels import _check, _native, _paged_decode, _runtime, reference
@@ -39,6 +40,7 @@ FLOAT8_PREFILL = {
     (0, 4, 256): (16, 16, 8, 1),
 }
 
+TORCH_TILE = 64  # queries of a prompt that PyTorch computes at a time, where nothing better does
 MAX_SEQUENCES = 65535  # of one launch: what the second axis of a grid holds, and the third
 
 
@@ -302,6 +304,9 @@ def _paged_cpu(
             q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, window
         )
     _check_indices(k_cache, block_table, context_lens, cu_seqlens_q, q.shape[0])
+    if max_seqlen_q > 1:
+        cache = k_cache, v_cache, block_table, context_lens
+        return _prefill_torch(q, *cache, cu_seqlens_q, scale, window, k_scale, v_scale)
     return reference.paged_attention(
         q,
         k_cache,
@@ -314,6 +319,40 @@ def _paged_cpu(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+def _prefill_torch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale: float,
+    window: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    """`reference.paged_attention` in tiles of positions, TORCH_TILE queries each over all keys up to the tile's end.
+
+    PyTorch's products have other bits in other shapes. Here a position is the same row of the same shapes, filled up
+    with zeros, whichever part of its prompt is computed now, and so a token has the same bits in every batch.
+    """
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    starts, lengths = cu_seqlens_q.tolist(), context_lens.tolist()
+    for s, (row, length) in enumerate(zip(starts, lengths)):
+        begin = length - (starts[s + 1] - row)  # position of the first query
+        padding = (0, 0, 0, 0, 0, -length % TORCH_TILE)
+        k = F.pad(reference.gathered(k_cache, block_table[s], length, k_scale), padding)
+        v = F.pad(reference.gathered(v_cache, block_table[s], length, v_scale), padding)
+        queries = F.pad(q[row : starts[s + 1]], (0, 0, 0, 0, begin % TORCH_TILE, -length % TORCH_TILE))
+        first = begin - begin % TORCH_TILE
+        for end in range(first + TORCH_TILE, len(k) + 1, TORCH_TILE):
+            tile = queries[end - TORCH_TILE - first : end - first]
+            y, _ = reference.attention(tile[None], k[None, :end], v[None, :end], scale=scale, window=window)
+            low, high = max(end - TORCH_TILE, begin), min(end, length)
+            out[row + low - begin : row + high - begin] = y[0, low - end + TORCH_TILE : high - end + TORCH_TILE]
+    return out
 
 
 def _check_indices(k_cache: Tensor, block_table: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor, Nq: int) -> None:

@@ -206,6 +206,15 @@ def append_kv_(
             cache.view(torch.uint8)[block, offset] = to_float8(x[kept], scale).view(torch.uint8)
 
 
+def gathered(cache: Tensor, table: Tensor, length: int, scale: Tensor | None) -> Tensor:
+    """(length, Hkv, D) keys or values of one sequence, whose row of the table names its blocks."""
+    blocks = table[: -(-length // cache.shape[1])].long()
+    if scale is None:
+        return cache[blocks].flatten(0, 1)[:length]
+    values = cache.view(torch.uint8)[blocks].view(torch.float8_e4m3fn).float() * scale[:, None]
+    return values.flatten(0, 1)[:length]
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -223,18 +232,10 @@ def paged_attention(
 
     With scales (Hkv,) the caches are float8_e4m3fn, and stand for what they hold times the scale of its head.
     """
-
-    def gathered(cache: Tensor, blocks: Tensor, scale: Tensor | None) -> Tensor:
-        if scale is None:
-            return cache[blocks]
-        return cache.view(torch.uint8)[blocks].view(torch.float8_e4m3fn).float() * scale[:, None]
-
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for s, (first, last) in enumerate(zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:])):
         length = int(context_lens[s])
-        blocks = block_table[s, : -(-length // k_cache.shape[1])].long()
-        k, v = gathered(k_cache, blocks, k_scale), gathered(v_cache, blocks, v_scale)
-        k, v = k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]
+        k, v = gathered(k_cache, block_table[s], length, k_scale), gathered(v_cache, block_table[s], length, v_scale)
         if last > first and length:
             out[first:last] = attention(q[None, first:last], k[None], v[None], scale=scale, window=window)[0][0]
     return out

@@ -51,9 +51,14 @@ def calls(sizes: Widths, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
     def paged(queries: int) -> None:
         cache = tensor(8, H, 16, D).transpose(1, 2)  # as the engine keeps it
-        table, lengths = ints(0, 1, 2, 3).view(1, 4), ints(40)
-        ops.append_kv_(tensor(1, H, D), tensor(1, H, D), cache, cache, torch.tensor([3], device=device))
-        ops.paged_attention(tensor(queries, H, D), cache, cache, table, lengths, ints(0, queries), queries)
+        where = ints(0, 1, 2, 3).view(1, 4), ints(40)
+        q, k, v = tensor(queries, 3, H, D).unbind(1)
+        slots = torch.full((queries,), 23, device=device)  # where the last of 40 keys lies
+        if queries == 1:
+            ops.paged_decode_(q, k, v, cache, cache.clone(), slots, *where)
+        else:
+            ops.append_kv_(k[:1], v[:1], cache, cache.clone(), slots[:1])
+            ops.paged_attention(q, cache, cache, *where, ints(0, queries), queries)
 
     def sampled() -> None:
         one = torch.ones(1, device=device)
