@@ -18,6 +18,7 @@ from benchmarks import peers
 from benchmarks.measure import Case, Inputs, Run
 from benchmarks.timing import Call
 from gpt2 import GPT2, PRESETS, Engine, GPT2Config, ReferenceGPT2, SamplingParams
+from gpt2_kernels import _overlap
 
 Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts, int], list[list[int]]]
@@ -53,6 +54,17 @@ def ours(model: GPT2, prompts: Prompts, new: int) -> Generate:
     return generate
 
 
+def in_turn(model: GPT2, prompts: Prompts, new: int) -> Generate:
+    """Without programmatic dependent launch: what it saves."""
+    generate = ours(model, prompts, new)
+
+    def call(prompts: Prompts, new: int) -> list[list[int]]:
+        with _overlap.disabled():
+            return generate(prompts, new)
+
+    return call
+
+
 def transformers(model: GPT2, prompts: Prompts, new: int, **options: Any) -> Generate:
     peer = peers.Transformers(model)
     return functools.partial(peer.generate, **options)
@@ -72,6 +84,7 @@ def rivals(run: Run, name: str, batch: int = 0) -> dict[str, Callable[..., Gener
     if batch and not (gpu and name != "gpt2"):
         found["transformers"] = transformers
         if gpu and batch == 1:
+            found["kernels in turn"] = in_turn
             found["transformers, static cache + compile"] = functools.partial(
                 transformers, cache_implementation="static"
             )

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import gpt2_kernels as ops
-from gpt2_kernels import _runtime, layernorm
+from gpt2_kernels import _overlap, _runtime, layernorm
 
 C, ROWS = 768, 8
 # Every function of the driver that Triton's launcher and loader are linked against; 0 is success.
@@ -123,7 +123,7 @@ def measure(device: torch.device, time_of: Callable[[Callable[[], Any]], float] 
     weight, bias = (torch.randn(C, device=device, dtype=torch.bfloat16) for _ in range(2))
     y, statistics = torch.empty_like(x), torch.empty(2, ROWS, device=device)
     arguments = (x, None, weight, bias, y, None, statistics, ROWS, C, 0, 1e-5)
-    options = dict(C=C, BLOCK_C=1024, ACC=layernorm.accumulator(x.dtype), num_warps=1)
+    options = dict(C=C, BLOCK_C=1024, ACC=layernorm.accumulator(x.dtype), num_warps=1, **_overlap.options(device))
     kernel = layernorm.layer_norm_kernel
     found: dict[str, float] = {}
     with torch.no_grad():

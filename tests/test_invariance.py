@@ -5,6 +5,7 @@ Every schedule is compared, bit for bit, with the request run alone in an engine
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from gpt2 import GPT2, Engine, SamplingParams, decode
 from gpt2.request import Completion
+from gpt2_kernels import _overlap
 
 POSITIONS = 48
 VOCABULARY = 90
@@ -218,6 +220,19 @@ def test_all_at_once_on_the_production_path(production: torch.device, model: GPT
     found = engine.generate([p for p, _ in JOBS], [q for _, q in JOBS])
     for completion, job in zip(found, JOBS):
         same(completion, alone(*job)[0])
+
+
+def test_kernels_that_start_before_the_last_ends(model: GPT2) -> None:
+    """Programmatic dependent launch, in graphs and out of them, gives what kernels in turn give."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    found = []
+    for context in (contextlib.nullcontext, _overlap.disabled):
+        with context():
+            for graphs in (True, False):
+                engine = Engine(model, num_blocks=64, block_size=8, cuda_graphs=graphs)
+                found.append([c.outputs for c in engine.generate([p for p, _ in JOBS], [q for _, q in JOBS])])
+    assert all(outputs == found[0] for outputs in found)
 
 
 def test_on_the_kernels(path: torch.device, folder: Path, recorder: Logits) -> None:

@@ -48,6 +48,7 @@ MMA = {
     "paged_attention_kernel: paged prefill D=64": NEW,
     "paged_decode_kernel": NONE,
     "paged_decode_kernel: paged decode grouped": OLD,  # 16 rows
+    "paged_decode_kernel: paged decode_ grouped": OLD,
 }
 # Kernels that load through tensor descriptors (TMA) on sm_90.
 TMA: set[str] = set()
@@ -149,6 +150,38 @@ print([launch.grid for launch in launches])
 """
     done = child(["-c", code])
     assert done.stdout == "[(1, 2, 65535), (1, 2, 4465)]\n", done.stderr[-3000:]
+
+
+def test_kernels_that_start_early_wait_before_they_touch_memory() -> None:
+    """From Hopper on: no load, store or atomic of the compiled code comes before the wait, and every program waits."""
+    code = r"""
+import re
+from benchmarks import compile_cases
+from benchmarks.offline import offline
+from gpt2_kernels import _overlap, _runtime
+names = ["layer_norm C=768 bf16", "add_layer_norm C=768 bf16", "paged decode D=64 bf16", "paged decode_ D=64 bf16",
+         "paged decode_ grouped D=64 bf16", "linear decode 768x2304 bf16", "linear decode 3072x768 fp32"]
+cases = compile_cases.cases()
+for name in names:
+    for cc in (80, 90, 100):
+        with _runtime.force("triton"), offline(cc) as launches:
+            cases[name]()
+        ptx = launches[0].kernel.asm["ptx"].partition(".entry")[2]
+        before, wait, after = ptx.partition("griddepcontrol.wait")
+        instructions = re.findall(r"^\s*(?:@!?%p\d+ )?(\w+)\.?([\w.]*)", before, re.MULTILINE)
+        watched = "ld", "st", "atom", "red", "cp", "ret", "bra", "exit"
+        found = [f"{i}.{rest}" for i, rest in instructions if i in watched]
+        touched = [i for i in found if not re.match(r"(ld|st)\.(param|shared)", i)]
+        assert bool(wait) == launches[0].kernel.metadata.launch_pdl == (cc >= 90), (name, cc)
+        if wait:
+            assert found and not touched, (name, cc, touched)
+            assert "launch_dependents" in after and ("prefetch" in before) == name.startswith("linear"), (name, cc)
+with _runtime.force("triton"), _overlap.disabled(), offline(90) as launches:
+    cases[names[0]]()
+assert not launches[0].kernel.metadata.launch_pdl
+"""
+    done = child(["-c", code])
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_damaged_snapshot_is_noticed(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, _runtime
+from gpt2_kernels import _check, _overlap, _runtime
 from gpt2_kernels._gelu import gelu
+from gpt2_kernels._overlap import prefetch, wait
 from gpt2_kernels._runtime import launch, tl, triton
 
 # (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Compiled
@@ -65,6 +66,7 @@ def linear_decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program owns SPLIT_K of K of one tile of y; the last of a tile adds its parts in order and stores the tile."""
     tiles_m = tl.cdiv(M, BLOCK_M)  # tiles of the same columns run together, and read the weights once from memory
@@ -79,6 +81,14 @@ def linear_decode_kernel(
         weight_tile = weight_ptr + k.to(tl.int64)[:, None] * stride_weight + n[None, :]  # (BLOCK_K, BLOCK_N)
     else:
         weight_tile = weight_ptr + n.to(tl.int64)[:, None] * stride_weight + k[None, :]  # (BLOCK_N, BLOCK_K)
+    if OVERLAP:  # the weights need not wait for the kernel before: BLOCK_K of them are a cache line
+        for start in tl.static_range(0, SPLIT_K, BLOCK_K):
+            if WEIGHT_KN:
+                line = tl.minimum(k + start, K - 1).to(tl.int64) * stride_weight + tl.min(tl.minimum(n, N - 1), 0)
+            else:
+                line = tl.minimum(n, N - 1).to(tl.int64) * stride_weight + tl.minimum(split * SPLIT_K + start, K - 1)
+            prefetch(weight_ptr + line)
+    wait(OVERLAP)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, tl.minimum(SPLIT_K, K - split * SPLIT_K), BLOCK_K):
         # Rows that are not there are not read: nearly all, for one text.
@@ -182,6 +192,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        **_overlap.options(x.device),
         num_warps=warps,
         num_stages=stages,
     )

@@ -28,8 +28,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, _runtime
+from gpt2_kernels import _check, _overlap, _runtime
 from gpt2_kernels._float8 import to_float8
+from gpt2_kernels._overlap import wait
 from gpt2_kernels._runtime import launch, tl, triton
 
 # (compute capability from, element size, head dimension up to) -> (SPLIT, BLOCK_N, warps, stages). Compiled for sm_80,
@@ -37,6 +38,7 @@ from gpt2_kernels._runtime import launch, tl, triton
 # have keys of their own, and its BLOCK_N is what registers hold.
 ONE_HEAD = {
     (0, 1, 64): (256, 256, 4, 1),
+    (100, 1, 128): (256, 64, 4, 1),
     (0, 1, 128): (256, 128, 4, 1),
     (0, 1, 256): (256, 32, 4, 1),
     (0, 2, 64): (256, 256, 8, 1),
@@ -59,9 +61,11 @@ SHARED_KEYS = {
 }
 # Of a float8 cache, by the type of the queries: tiles come through registers, where they are converted, unpipelined.
 SHARED_FLOAT8_KEYS = {
-    (0, 2, 128): (256, 64, 8, 1),
+    (0, 2, 64): (256, 64, 8, 1),
+    (0, 2, 128): (256, 32, 8, 1),
     (100, 2, 256): (256, 16, 8, 1),
     (0, 2, 256): (256, 32, 8, 1),
+    (100, 4, 64): (256, 64, 8, 1),
     (0, 4, 64): (256, 32, 8, 1),
     (0, 4, 256): (256, 16, 8, 1),
 }
@@ -124,8 +128,10 @@ def paged_decode_kernel(
     COMBINE: tl.constexpr,
     PART: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program owns a split of HEADS heads of one sequence; the last of a sequence adds its splits in order."""
+    wait(OVERLAP)
     # Programs without keys, of texts shorter than the table is wide, start among the others and not after them.
     part = tl.program_id(0)
     group = tl.program_id(1)
@@ -374,6 +380,7 @@ def decode(
         COMBINE=min(16, max(1, COMBINED // (heads * block_d))),
         PART=part,
         STAGES=stages,
+        **_overlap.options(q.device),
         num_warps=warps,
         num_stages=stages,
     )

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2_kernels import _check, _native, _runtime, reference
+from gpt2_kernels import _check, _native, _overlap, _runtime, reference
+from gpt2_kernels._overlap import wait
 from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
 
 MAX_WIDTH = 16384  # one row lies in the registers of one program
@@ -71,8 +72,10 @@ def layer_norm_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program owns one row and adds it in the tree order of one tl.sum."""
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     inside = c < C
@@ -229,6 +232,7 @@ def _launch(
             BLOCK_C=_check.power_of_2(C),
             ACC=accumulator(x.dtype),
             num_warps=_forward_warps(C),
+            **_overlap.options(x.device),
         )
     return y, total, kept
 
