@@ -160,7 +160,8 @@ from benchmarks import compile_cases
 from benchmarks.offline import offline
 from gpt2_kernels import _overlap, _runtime
 names = ["layer_norm C=768 bf16", "add_layer_norm C=768 bf16", "paged decode D=64 bf16", "paged decode_ D=64 bf16",
-         "paged decode_ grouped D=64 bf16", "linear decode 768x2304 bf16", "linear decode 3072x768 fp32"]
+         "paged decode_ grouped D=64 bf16", "advance_", "sample V=50257 bf16", "linear decode 768x2304 bf16",
+         "linear decode 3072x768 fp32"]
 cases = compile_cases.cases()
 for name in names:
     for cc in (80, 90, 100):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, _native, _runtime, reference
+from gpt2_kernels import _check, _native, _overlap, _runtime, reference
+from gpt2_kernels._overlap import wait
 from gpt2_kernels._runtime import launch, register, tl, triton
 
 BLOCK = 256  # texts at a time: enough for the batches there are, and the launch is all the time it takes
@@ -40,8 +41,10 @@ def advance_kernel(
     stride_record,
     block_size,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program owns all texts, so that the count moves on when all of them have read it."""
+    wait(OVERLAP)
     count = tl.load(count_ptr)
     for first in range(0, S, BLOCK):
         s = first + tl.arange(0, BLOCK)
@@ -96,6 +99,7 @@ def _advance_triton(
         record.stride(0),
         block_size,
         BLOCK=BLOCK,
+        **_overlap.options(drawn.device),
         num_warps=4,
     )
 

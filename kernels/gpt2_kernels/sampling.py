@@ -30,7 +30,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, _native, _runtime, reference
+from gpt2_kernels import _check, _native, _overlap, _runtime, reference
+from gpt2_kernels._overlap import wait
 from gpt2_kernels._runtime import launch, register, tl, triton
 from gpt2_kernels._thresholds import find_border, key_of, load_tile, reaching, scores_of, tile_places, value_of
 
@@ -133,12 +134,14 @@ def sample_kernel(
     TILES: tl.constexpr,  # at least V / (ROWS * LANES), a power of two
     SHIFT: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program owns one row: a sum for each lane over the tiles, then a tree over the lanes.
 
     Addresses are not specialised, so loads are not wider than a score: a row of 50257 is not aligned, and wider loads
     where it happens to be would add in another order, and the same row would have other bits.
     """
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_logits
     penalty = 1.0
@@ -275,6 +278,7 @@ def _sample_triton(
         TILES=_check.power_of_2(_check.cdiv(V, rows * lanes)),
         SHIFT=0 if history is not None else UNUSED_BITS[logits.dtype],  # penalised scores use every bit
         HAS_HISTORY=history is not None,
+        **_overlap.options(logits.device),
         num_warps=lanes // 32,
     )
     if passes < top_logprobs:
