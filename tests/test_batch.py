@@ -228,6 +228,8 @@ BAD = [
     ({"prompt": "x", "top_p": 0}, "top_p must be a number in (0, 1], got 0"),
     ({"prompt": "x", "top_p": "1"}, "top_p must be a number in (0, 1], got '1'"),
     ('{"prompt": "x", "temperature": NaN}', "temperature must be a number in 0..1e30, got nan"),
+    ({"prompt": "x", "temperature": 10**400}, "temperature must be a number in 0..1e30, got 10000"),
+    ({"prompt": "x", "top_p": -(10**400)}, "top_p must be a number in (0, 1], got -10000"),
     ({"prompt": "x", "stop": [str(i) for i in range(17)]}, "stop must be at most 16 strings"),
     ({"prompt": "x", "stop": None}, "stop must be a list or tuple, got None"),
     ({"prompt": "x", "stop_token_ids": [288]}, "stop_token_ids must be below 288, got 288"),
