@@ -33,6 +33,9 @@ from gpt2.tokenizer import END_OF_TEXT
 IGNORED = -100  # a target that the loss leaves out
 CHARACTERS = 1 << 20  # of text that are read at a time
 _SEPARATOR = f"\n{END_OF_TEXT}\n"
+# Of documents that are empty: one line after another.
+_LEADING = re.compile(f"(?:{re.escape(END_OF_TEXT)}\n)+")
+_SEPARATORS = re.compile(f"\n{_LEADING.pattern}")
 # No word of the tokenizer's pattern spans these: a single space or line break between two characters that are neither.
 _BETWEEN_WORDS = re.compile(r"\S(?: (?=\S)|\n(?=\S))")
 
@@ -60,14 +63,12 @@ def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str
             except UnicodeDecodeError as e:
                 raise ValueError(f"{path}: not UTF-8 text ({e.reason}, byte {e.object[e.start]:#04x})") from None
             text += chunk
-            if begins and text.startswith(f"{END_OF_TEXT}\n"):
-                text, searched = text[len(END_OF_TEXT) + 1 :], 0
-            while (end := text.find(_SEPARATOR, searched)) >= 0:
-                if end:
-                    yield begins, text[:end]
-                text, begins, searched = text[end + len(_SEPARATOR) :], True, 0
-                if text.startswith(f"{END_OF_TEXT}\n"):
-                    text = text[len(END_OF_TEXT) + 1 :]
+            if begins and (lines := _LEADING.match(text)):
+                text, searched = text[lines.end() :], 0
+            while lines := _SEPARATORS.search(text, searched):
+                if lines.start():
+                    yield begins, text[: lines.start()]
+                text, begins, searched = text[lines.end() :], True, 0
             if not chunk:
                 break
             # What might yet turn out to be a separator stays, and so does all of a text without a place to cut.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2 import data
@@ -27,6 +27,7 @@ TOKENIZER = tiktoken.Encoding(
 )
 EOT = TOKENIZER.eot_token
 
+MARKS = [END_OF_TEXT, f"{END_OF_TEXT}\n", f"\n{END_OF_TEXT}\n"]
 TEXT = (
     "It's  what they'd've said,\n\nisn't it?  \n 1984 \t\r\n é 漢字かな交じり文。 \n\n\n  end" * 7
     + f"\n{END_OF_TEXT}\n"
@@ -65,9 +66,12 @@ def test_pieces_have_the_tokens_of_the_whole(tmp_path: Path, characters: int) ->
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.sampled_from([" ", "\n", "a", "It's", "é", "\t", "12", "!", "\u2003", "\x85", END_OF_TEXT, "\n"])),
-    st.integers(1, 9),
+    st.lists(st.sampled_from([" ", "\n", "a", "It's", "é", "\t", "12", "!", "\u2003", "\x85", *MARKS, "\n"])),
+    st.integers(1, 40) | st.just(data.CHARACTERS),
 )
+@example(["a\n", *4 * [MARKS[1]], "12"], data.CHARACTERS)  # empty documents in the midst, at the start, after a line
+@example([*3 * [MARKS[1]], "a"], 9)
+@example(["\n", *3 * [MARKS[1]], "a"], data.CHARACTERS)
 def test_any_text_has_the_tokens_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], n: int
 ) -> None:
@@ -157,7 +161,7 @@ def test_other_data_is_refused_in_a_run_that_has_begun(tmp_path: Path) -> None:
         data.tokenise(text, TOKENIZER, tmp_path, "train", True)
 
 
-@pytest.mark.parametrize("content", ["", END_OF_TEXT, f"{END_OF_TEXT}\n"])
+@pytest.mark.parametrize("content", ["", END_OF_TEXT, *(mark * n for mark in MARKS[1:] for n in (1, 3, 4))], ids=repr)
 def test_data_without_text_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "text.txt").write_text(content)
     with pytest.raises(ValueError, match="the data must hold text, got nothing in"):
