@@ -55,7 +55,7 @@ def text_files(data: str | Path) -> list[Path]:
 
 def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str]]:
     """(does a document begin here, text): the documents of a file in pieces that can be tokenised by themselves."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:  # a byte-order mark at its start is no text
         text, begins, searched = "", True, 0
         while True:
             try:

@@ -81,6 +81,17 @@ def test_any_text_has_the_tokens_of_the_whole(
     assert tokens_of(path, n) == expected
 
 
+@pytest.mark.parametrize("characters", [1, data.CHARACTERS])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, characters: int) -> None:
+    """One at the start of each file; a second one, or one in the midst, is a character like any other."""
+    for name, content in (("a", "a\ufeff b"), ("b", f"{END_OF_TEXT}\nc"), ("c", "\ufeffd"), ("d", "")):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(content, encoding="utf-8-sig")
+        assert tokens_of(path, characters) == whole(content)
+    tokens = data.tokenise(tmp_path, TOKENIZER, tmp_path, "train", False)
+    assert tokens.tolist() == whole("a\ufeff b") + whole("c") + whole("\ufeffd")
+
+
 def test_a_long_text_is_never_whole_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("many words here\n" * 20_000, encoding="utf-8")
