@@ -100,14 +100,13 @@ def tokenise(data: str | Path, tokenizer: tiktoken.Encoding, folder: Path, name:
         "modified": [path.stat().st_mtime_ns for path in files],
     }
     path, note = folder / f"{name}.tokens", folder / f"{name}.json"
-    if note.exists():  # written last: without it the tokens are those of an interrupted attempt
-        known: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-        count = known.pop("tokens")
+    known = _noted(note)  # written last: without it the tokens are those of an interrupted attempt
+    if known.keys() == {*made_from, "tokens"}:
         wrong = [k for k, v in made_from.items() if known.get(k) != v and not (fixed and k == "modified")]
         if wrong and fixed:
             key = wrong[0]
             raise ValueError(f"{key} must be what {path} was made with, {known.get(key)}, got {made_from[key]}")
-        if not wrong and path.exists() and path.stat().st_size == count * dtype.itemsize:
+        if not wrong and path.exists() and path.stat().st_size == known["tokens"] * dtype.itemsize:
             return np.memmap(path, dtype=dtype, mode="r")
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,13 +123,25 @@ def tokenise(data: str | Path, tokenizer: tiktoken.Encoding, folder: Path, name:
             raise ValueError(f"the data must hold text, got nothing in {data}")
         note.unlink(missing_ok=True)
         draft.replace(path)
-        draft.write_text(json.dumps({**made_from, "tokens": count}), encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump({**made_from, "tokens": count}, file)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(note)
     except OSError as e:
         raise OSError(f"{path} could not be written: {e}") from e
     finally:
         draft.unlink(missing_ok=True)
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """What a note says, or nothing where it is not there or damaged: the tokens can be made again."""
+    try:
+        known = json.loads(note.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) and type(known.get("tokens")) is int else {}
 
 
 def _encode(parts: Iterable[tuple[bool, str]], tokenizer: tiktoken.Encoding) -> Iterator[list[int]]:

@@ -150,6 +150,39 @@ def test_an_interrupted_tokenisation_is_done_again(tmp_path: Path, damage: str) 
     assert not (tmp_path / "train.tmp").exists()
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    "note", [b"", b"{}", b"[]", b'{"tokens": 5}', b'{"tokens": null}', b"\xff", b"[" * 100_000, b"9" * 5000],
+    ids=["empty", "{}", "[]", "a count alone", "no count", "not UTF-8", "too deep", "too many digits"],
+)  # fmt: skip
+def test_a_damaged_note_is_made_anew_with_its_tokens(tmp_path: Path, note: bytes, fixed: bool) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time.\n" * 100, encoding="utf-8")
+    expected = data.tokenise(text, TOKENIZER, tmp_path, "train", False).tolist()
+    whole_note = (tmp_path / "train.json").read_bytes()
+    (tmp_path / "train.json").write_bytes(note)
+    assert data.tokenise(text, TOKENIZER, tmp_path, "train", fixed).tolist() == expected
+    assert (tmp_path / "train.json").read_bytes() == whole_note
+
+
+def test_tokens_and_note_are_on_the_disk_before_they_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, replace, fsync = [], Path.replace, os.fsync
+    named: list[str] = []
+
+    def watched(path: Path, target: Path) -> Path:
+        assert path.stat().st_ino in synced and path.stat().st_size > 0
+        named.append(target.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(Path, "replace", watched)
+    (tmp_path / "text.txt").write_text("Once upon a time.\n")
+    data.tokenise(tmp_path / "text.txt", TOKENIZER, tmp_path, "train", False)
+    assert named == ["train.tokens", "train.json"]
+
+
 def test_an_error_in_the_midst_leaves_nothing_behind(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(b"good text " * 300_000 + b"\xff\xfe")
