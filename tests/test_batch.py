@@ -531,14 +531,14 @@ def test_files_of_others_are_left_alone(run: Runner, name: str) -> None:
         assert stranger.read_bytes() == content and not run.manifest.exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": "x"}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": "x"}', "\x00", "[" * 100_000], ids=lambda c: c[:15])
 def test_a_manifest_that_is_none(run: Runner, content: str) -> None:
     run.write(*plain_lines(1))
     run.manifest.write_text(content)
     assert "is not a manifest that this command wrote" in run(status=2)
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[]", '{"no": 1}', ""])
+@pytest.mark.parametrize("line", ["nonsense", "[]", '{"no": 1}', "", "[" * 100_000], ids=lambda line: line[:15])
 def test_an_edited_output_is_named(run: Runner, line: str) -> None:
     run.write(*plain_lines(2))
     run()

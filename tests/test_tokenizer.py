@@ -260,6 +260,16 @@ def test_files_that_are_not_text(name: str, tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000], ids=["half", "too deep", "too many digits"])
+def test_files_that_are_not_json(name: str, text: str, tmp_path: Path) -> None:
+    if name == "vocab.json":
+        handmade(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: not valid JSON"):
+        load_tokenizer(tmp_path)
+
+
 def lines(*tokens: tuple[bytes, Any]) -> bytes:
     return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in tokens)
 
