@@ -551,6 +551,10 @@ def test_a_key(engine: Engine) -> None:
             status, content, headers = ask(url, "GET", path)
             assert status == 401 and "bearer key" in str(content) and headers["www-authenticate"] == "Bearer"
         assert post(url, prompt="a" * 2_000_000)[0] == 401  # the body is not what it is judged by
+        for given in ("Bearer sesame", "bearer sesame", "BEARER sesame"):
+            assert ask(url, "GET", "/v1/models", headers={"authorization": given})[0] == 200
+        for given in ("Bearer Sesame", "Bearersesame", "Bearer", "Basic sesame", "sesame", " sesame", ""):
+            assert ask(url, "GET", "/v1/models", headers={"authorization": given})[0] == 401
         for key in ("sesam", "sesame2"):
             with client_of(url, key) as client, pytest.raises(openai.AuthenticationError):
                 client.models.list()
