@@ -129,7 +129,7 @@ class Journal:
             for number, line in enumerate(file, 1):
                 try:
                     yield json.loads(line)[key]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise ValueError(
                         f"{self.path}: line {number} is not a record that this command wrote; without that line the "
                         "run can go on"
@@ -214,7 +214,7 @@ def _compare(path: Path, new: dict[str, Any]) -> dict[str, Any]:
         old = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(old, dict) or not isinstance(old.get("seed"), int):
             raise ValueError
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not a manifest that this command wrote; remove it and its output") from None
     if new["seed"] is None:  # not asked for
         new = {**new, "seed": old["seed"]}

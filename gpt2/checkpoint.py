@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000100/   a Hugging Face folder: config.json, model.safetensors (float32), tokenizer
         optimizer.pt                 optimizer and random state
-        state.json                   step, validation loss, the recipe's decisive values, SHA-256 of every other file
+        state.json                   step, validation loss, what the run was, SHA-256 of every other file
 
 A folder is written beside its place, synced to the disk and renamed into it: a process or machine that dies leaves the
 checkpoints before it whole. What a file system damages afterwards is found by the digests, and the checkpoint before it
@@ -11,6 +11,7 @@ is taken.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 _STATE = "state.json"
+_FORM: dict[str, type | tuple[type, ...]] = {  # of state.json, which no digest covers
+    "step": int,
+    "val_loss": (float, type(None)),
+    "recipe": dict,
+    "config": dict,
+    "processes": int,
+    "sha256": dict,
+}
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
@@ -91,22 +100,27 @@ def best_step(folder: Path) -> tuple[str, float] | None:
     """Name and validation loss of the checkpoint with the lowest; None where none was validated."""
     losses = []
     for name in steps(folder):
-        try:
-            loss = json.loads((folder / name / _STATE).read_text(encoding="utf-8")).get("val_loss")
-        except (OSError, ValueError):
-            continue
-        if loss is not None:
-            losses.append((loss, name))
+        with contextlib.suppress(ValueError):
+            loss = _state(folder / name)["val_loss"]
+            if loss is not None:
+                losses.append((loss, name))
     return (min(losses)[1], min(losses)[0]) if losses else None
 
 
-def _verified(path: Path) -> dict[str, Any]:
+def _state(path: Path) -> dict[str, Any]:
+    """What `save` wrote beside the files of a checkpoint. Raises ValueError where it is not that."""
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        expected = state["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged ({_STATE} cannot be read)") from None
-    for name, digest in expected.items():
+        if all(isinstance(state[key], kind) for key, kind in _FORM.items()) and state["sha256"]:
+            return state
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged ({_STATE} cannot be read)")
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    state = _state(path)
+    for name, digest in state["sha256"].items():
         if not (path / name).is_file():
             raise ValueError(f"{path} is damaged ({name} is missing)")
         if _digest(path / name) != digest:

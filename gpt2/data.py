@@ -33,6 +33,9 @@ from gpt2.tokenizer import END_OF_TEXT
 IGNORED = -100  # a target that the loss leaves out
 CHARACTERS = 1 << 20  # of text that are read at a time
 _SEPARATOR = f"\n{END_OF_TEXT}\n"
+# Of documents that are empty: one line after another.
+_LEADING = re.compile(f"(?:{re.escape(END_OF_TEXT)}\n)+")
+_SEPARATORS = re.compile(f"\n{_LEADING.pattern}")
 # No word of the tokenizer's pattern spans these: a single space or line break between two characters that are neither.
 _BETWEEN_WORDS = re.compile(r"\S(?: (?=\S)|\n(?=\S))")
 
@@ -52,7 +55,7 @@ def text_files(data: str | Path) -> list[Path]:
 
 def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str]]:
     """(does a document begin here, text): the documents of a file in pieces that can be tokenised by themselves."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:  # a byte-order mark at its start is no text
         text, begins, searched = "", True, 0
         while True:
             try:
@@ -60,14 +63,12 @@ def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str
             except UnicodeDecodeError as e:
                 raise ValueError(f"{path}: not UTF-8 text ({e.reason}, byte {e.object[e.start]:#04x})") from None
             text += chunk
-            if begins and text.startswith(f"{END_OF_TEXT}\n"):
-                text, searched = text[len(END_OF_TEXT) + 1 :], 0
-            while (end := text.find(_SEPARATOR, searched)) >= 0:
-                if end:
-                    yield begins, text[:end]
-                text, begins, searched = text[end + len(_SEPARATOR) :], True, 0
-                if text.startswith(f"{END_OF_TEXT}\n"):
-                    text = text[len(END_OF_TEXT) + 1 :]
+            if begins and (lines := _LEADING.match(text)):
+                text, searched = text[lines.end() :], 0
+            while lines := _SEPARATORS.search(text, searched):
+                if lines.start():
+                    yield begins, text[: lines.start()]
+                text, begins, searched = text[lines.end() :], True, 0
             if not chunk:
                 break
             # What might yet turn out to be a separator stays, and so does all of a text without a place to cut.
@@ -99,14 +100,13 @@ def tokenise(data: str | Path, tokenizer: tiktoken.Encoding, folder: Path, name:
         "modified": [path.stat().st_mtime_ns for path in files],
     }
     path, note = folder / f"{name}.tokens", folder / f"{name}.json"
-    if note.exists():  # written last: without it the tokens are those of an interrupted attempt
-        known: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-        count = known.pop("tokens")
+    known = _noted(note)  # written last: without it the tokens are those of an interrupted attempt
+    if known.keys() == {*made_from, "tokens"}:
         wrong = [k for k, v in made_from.items() if known.get(k) != v and not (fixed and k == "modified")]
         if wrong and fixed:
             key = wrong[0]
             raise ValueError(f"{key} must be what {path} was made with, {known.get(key)}, got {made_from[key]}")
-        if not wrong and path.exists() and path.stat().st_size == count * dtype.itemsize:
+        if not wrong and path.exists() and path.stat().st_size == known["tokens"] * dtype.itemsize:
             return np.memmap(path, dtype=dtype, mode="r")
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +123,25 @@ def tokenise(data: str | Path, tokenizer: tiktoken.Encoding, folder: Path, name:
             raise ValueError(f"the data must hold text, got nothing in {data}")
         note.unlink(missing_ok=True)
         draft.replace(path)
-        draft.write_text(json.dumps({**made_from, "tokens": count}), encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump({**made_from, "tokens": count}, file)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(note)
     except OSError as e:
         raise OSError(f"{path} could not be written: {e}") from e
     finally:
         draft.unlink(missing_ok=True)
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """What a note says, or nothing where it is not there or damaged: the tokens can be made again."""
+    try:
+        known = json.loads(note.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) and type(known.get("tokens")) is int else {}
 
 
 def _encode(parts: Iterable[tuple[bool, str]], tokenizer: tiktoken.Encoding) -> Iterator[list[int]]:

@@ -177,7 +177,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from gpt2.tokenizer import END_OF_TEXT
 
     try:
-        text = Path(options.data).read_text(encoding="utf-8")
+        text = Path(options.data).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"--data {options.data}: not UTF-8 text ({e})") from None
     if not text:

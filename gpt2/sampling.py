@@ -44,7 +44,12 @@ class SamplingParams:
 
 
 def _fail(name: str, rule: str, value: Any) -> None:
-    raise ValueError(f"SamplingParams: {name} must be {rule}, got {value!r}")
+    try:
+        got = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits; lists in lists in lists
+        got = f"one of type {type(value).__name__} that Python does not write out"
+    got = got if len(got) <= 200 else got[:100] + "..."
+    raise ValueError(f"SamplingParams: {name} must be {rule}, got {got}")
 
 
 def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
@@ -52,7 +57,8 @@ def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
 
 
 def _number(is_right: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and is_right(v)
+    """Compared with its bounds, which NaN is not within, and never converted: no float may hold an integer."""
+    return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and is_right(v)
 
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

@@ -117,9 +117,10 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as e:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -227,8 +227,10 @@ class _Run:
         path = self.out / "metrics.jsonl"
         if path.exists():
             draft = path.with_suffix(".tmp")
-            kept = [json.dumps(m, ensure_ascii=False) + "\n" for m in _metrics(path) if m["step"] <= step]
-            draft.write_text("".join(kept), encoding="utf-8")
+            records = _metrics(path)
+            draft.write_bytes(b"".join(line + b"\n" for line, record in records if record["step"] <= step))
+            if damaged := len(path.read_bytes().splitlines()) - len(records):
+                self.say(f"{path}: lines left out because they were cut off or damaged: {damaged}")
             draft.replace(path)
 
 
@@ -272,7 +274,7 @@ def plot(metrics: Path, image: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("val_loss", "validation")):
-        points = [(m["step"], m[key]) for m in _metrics(metrics) if key in m]
+        points = [(record["step"], record[key]) for _, record in _metrics(metrics) if key in record]
         if points:
             axes.plot(*zip(*points), label=label)
     axes.set(xlabel="step", ylabel="loss, nats a token")
@@ -280,12 +282,14 @@ def plot(metrics: Path, image: Path) -> None:
     figure.savefig(image, dpi=150)
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file that are whole: the last may have been cut off."""
+def _metrics(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a metrics file that are records, and what they hold: the last may have been cut off."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line.decode("utf-8"))
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                found.append((line, record))
     return found
 
 

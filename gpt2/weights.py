@@ -50,6 +50,7 @@ _STORED_IN_OUT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 _MASK = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$")  # the causal mask, which old checkpoints carry along
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _TOKENS = GPT2Config().vocab_size  # of GPT-2's encoding, which nanoGPT pads
+_LISTED = 1000  # blocks that cost nothing to list
 _NAMED_AT_MOST = 4  # tensors of each kind that an error names
 
 
@@ -94,10 +95,10 @@ def load(
     checkpoint = nanogpt_checkpoint(folder)
     if checkpoint is None:
         config = GPT2Config.from_folder(folder)
-        stored = _match(_open(folder), shapes(config), folder)
+        stored = _match(_open(folder), config, folder)
     else:
         config, tensors = _open_nanogpt(checkpoint)
-        stored = _match(tensors, shapes(config), checkpoint)
+        stored = _match(tensors, config, checkpoint)
     if dtype is None:
         found = {tensor.dtype for tensor in stored.values()}
         dtype = next((kind for kind in DTYPES[:3] if found == {kind}), torch.float32)
@@ -233,7 +234,7 @@ def _open(folder: Path) -> list[_Stored]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: truncated or corrupt: no JSON object with a weight_map of file names") from None
     for name in names:
         if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\:\0]", name):
@@ -336,7 +337,7 @@ def _open_nanogpt(path: Path) -> tuple[GPT2Config, list[_Stored]]:
         tensors.append(_Stored(name, tuple(tensor.shape), dtype, tensor.detach))
     if content["model_args"].get("bias") is False:  # of Linear and LayerNorm alike
         kind = tensors[0].dtype if tensors and isinstance(tensors[0].dtype, torch.dtype) else torch.float32
-        for name, shape in shapes(config).items():
+        for name, shape in _expected(config, tensors, path).items():
             if name.endswith(".bias"):
                 tensors.append(_Stored(name, shape, kind, functools.partial(torch.zeros, shape, dtype=kind)))
     return config, tensors
@@ -349,8 +350,17 @@ def _describe(content: object) -> str:
     return type(content).__name__
 
 
-def _match(tensors: list[_Stored], expected: dict[str, tuple[int, ...]], folder: Path) -> dict[str, _Stored]:
+def _expected(config: GPT2Config, tensors: list[_Stored], folder: Path) -> dict[str, tuple[int, ...]]:
+    """`shapes`, unless a config.json asks for so many blocks that to list them would take minutes, or for ever."""
+    if config.n_layer > max(_LISTED, len(tensors)):
+        asked = f"n_layer is {config.n_layer}, and there are {len(tensors)} tensors in all"
+        raise ValueError(f"{folder}: the weights are not those of config.json: {asked}")
+    return shapes(config)
+
+
+def _match(tensors: list[_Stored], config: GPT2Config, folder: Path) -> dict[str, _Stored]:
     """The tensors by parameter name, once each of both is accounted for; otherwise one error that says it all."""
+    expected = _expected(config, tensors, folder)
     found = {tensor.name: tensor for tensor in tensors}
     count = Counter(tensor.name for tensor in tensors)
     head = found.pop(_HEAD, None)

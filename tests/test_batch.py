@@ -228,6 +228,8 @@ BAD = [
     ({"prompt": "x", "top_p": 0}, "top_p must be a number in (0, 1], got 0"),
     ({"prompt": "x", "top_p": "1"}, "top_p must be a number in (0, 1], got '1'"),
     ('{"prompt": "x", "temperature": NaN}', "temperature must be a number in 0..1e30, got nan"),
+    ({"prompt": "x", "temperature": 10**400}, "temperature must be a number in 0..1e30, got 10000"),
+    ({"prompt": "x", "top_p": -(10**400)}, "top_p must be a number in (0, 1], got -10000"),
     ({"prompt": "x", "stop": [str(i) for i in range(17)]}, "stop must be at most 16 strings"),
     ({"prompt": "x", "stop": None}, "stop must be a list or tuple, got None"),
     ({"prompt": "x", "stop_token_ids": [288]}, "stop_token_ids must be below 288, got 288"),
@@ -529,14 +531,14 @@ def test_files_of_others_are_left_alone(run: Runner, name: str) -> None:
         assert stranger.read_bytes() == content and not run.manifest.exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": "x"}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": "x"}', "\x00", "[" * 100_000], ids=lambda c: c[:15])
 def test_a_manifest_that_is_none(run: Runner, content: str) -> None:
     run.write(*plain_lines(1))
     run.manifest.write_text(content)
     assert "is not a manifest that this command wrote" in run(status=2)
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[]", '{"no": 1}', ""])
+@pytest.mark.parametrize("line", ["nonsense", "[]", '{"no": 1}', "", "[" * 100_000], ids=lambda line: line[:15])
 def test_an_edited_output_is_named(run: Runner, line: str) -> None:
     run.write(*plain_lines(2))
     run()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ def make(folder: Path, step: int, loss: float | None = None) -> Path:
         (path / "a.bin").write_bytes(bytes([step]) * 1000)
         (path / "b.bin").write_bytes(b"b" * 10)
 
-    return checkpoint.save(folder, step, write, {"val_loss": loss})
+    return checkpoint.save(folder, step, write, {"val_loss": loss, "recipe": {}, "config": {}, "processes": 1})
 
 
 def test_the_newest_is_found_with_its_state(tmp_path: Path) -> None:
@@ -28,9 +31,21 @@ def test_the_newest_is_found_with_its_state(tmp_path: Path) -> None:
     assert found[1]["step"] == 10 and found[1]["val_loss"] == 1.5
 
 
-@pytest.mark.parametrize("damage", ["cut short", "a changed byte", "missing", "no state", "half a state"])
+# JSON that is whole, or no JSON at all.
+STATES: dict[str, Callable[[dict[str, Any]], bytes]] = {
+    "a state that is a list": lambda state: b"[]",
+    "a state of nothing but a step": lambda state: b'{"step": 2, "sha256": {}}',
+    "a state without digests": lambda state: json.dumps({**state, "sha256": {}}).encode(),
+    "a state with a list of digests": lambda state: json.dumps({**state, "sha256": []}).encode(),
+    "a state whose loss is a text": lambda state: json.dumps({**state, "val_loss": "low"}).encode(),
+    "a state that is too deep": lambda state: b"[" * 100_000,
+    "a state that is not UTF-8": lambda state: b"\xff",
+}
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a changed byte", "missing", "no state", "half a state", *STATES])
 def test_a_damaged_one_is_named_and_the_one_before_it_used(tmp_path: Path, damage: str) -> None:
-    good, bad = make(tmp_path, 1), make(tmp_path, 2)
+    good, bad = make(tmp_path, 1, 2.0), make(tmp_path, 2, 1.0)
     content = (bad / "a.bin").read_bytes()
     if damage == "cut short":
         (bad / "a.bin").write_bytes(content[:-1])
@@ -40,11 +55,14 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(tmp_path: Path, damag
         (bad / "a.bin").unlink()
     elif damage == "no state":
         (bad / "state.json").unlink()
-    else:
+    elif damage == "half a state":
         (bad / "state.json").write_text((bad / "state.json").read_text()[:20])
+    else:
+        (bad / "state.json").write_bytes(STATES[damage](json.loads((bad / "state.json").read_text())))
     said: list[str] = []
     found = checkpoint.newest(tmp_path, said.append)
     assert found is not None and found[0] == good
+    assert checkpoint.best_step(tmp_path) == ((good.name, 2.0) if "state" in damage else (bad.name, 1.0))
     assert len(said) == 1 and str(bad) in said[0] and said[0].endswith("the checkpoint before it is used")
 
 

@@ -55,6 +55,7 @@ def test_attention_scale(scale: bool, inverse: bool) -> None:
         (dict(layer_norm_epsilon="1e-5"), "layer_norm_epsilon must be a positive number, got '1e-5'"),
         (dict(layer_norm_epsilon=0), "layer_norm_epsilon must be a positive number, got 0"),
         (dict(layer_norm_epsilon=float("nan")), "layer_norm_epsilon must be a positive number, got nan"),
+        (dict(layer_norm_epsilon=10**400), "layer_norm_epsilon must be a positive number, got 1000"),
         (dict(scale_attn_weights="no"), "scale_attn_weights must be true or false, got 'no'"),
         (dict(eos_token_id=288), "eos_token_id must lie in 0..287, got 288"),
         (dict(eos_token_id=-1), "eos_token_id must lie in 0..287, got -1"),
@@ -138,7 +139,17 @@ def test_folders_that_hold_another_model_are_refused(content: dict[str, Any], me
         read(tmp_path, **content)
 
 
-@pytest.mark.parametrize(("text", "message"), [(b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[]", "list")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"n_layer": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b"[]", "list"),
+    ],
+    ids=["half", "not UTF-8", "too deep", "too many digits", "a list"],
+)
 def test_files_that_are_no_json_object_are_refused(text: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2 import data
@@ -27,6 +27,7 @@ TOKENIZER = tiktoken.Encoding(
 )
 EOT = TOKENIZER.eot_token
 
+MARKS = [END_OF_TEXT, f"{END_OF_TEXT}\n", f"\n{END_OF_TEXT}\n"]
 TEXT = (
     "It's  what they'd've said,\n\nisn't it?  \n 1984 \t\r\n é 漢字かな交じり文。 \n\n\n  end" * 7
     + f"\n{END_OF_TEXT}\n"
@@ -65,9 +66,12 @@ def test_pieces_have_the_tokens_of_the_whole(tmp_path: Path, characters: int) ->
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.sampled_from([" ", "\n", "a", "It's", "é", "\t", "12", "!", "\u2003", "\x85", END_OF_TEXT, "\n"])),
-    st.integers(1, 9),
+    st.lists(st.sampled_from([" ", "\n", "a", "It's", "é", "\t", "12", "!", "\u2003", "\x85", *MARKS, "\n"])),
+    st.integers(1, 40) | st.just(data.CHARACTERS),
 )
+@example(["a\n", *4 * [MARKS[1]], "12"], data.CHARACTERS)  # empty documents in the midst, at the start, after a line
+@example([*3 * [MARKS[1]], "a"], 9)
+@example(["\n", *3 * [MARKS[1]], "a"], data.CHARACTERS)
 def test_any_text_has_the_tokens_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], n: int
 ) -> None:
@@ -75,6 +79,17 @@ def test_any_text_has_the_tokens_of_the_whole(
     path.write_text("".join(parts), encoding="utf-8", newline="")
     expected = [t for t in whole("".join(parts))]
     assert tokens_of(path, n) == expected
+
+
+@pytest.mark.parametrize("characters", [1, data.CHARACTERS])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, characters: int) -> None:
+    """One at the start of each file; a second one, or one in the midst, is a character like any other."""
+    for name, content in (("a", "a\ufeff b"), ("b", f"{END_OF_TEXT}\nc"), ("c", "\ufeffd"), ("d", "")):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(content, encoding="utf-8-sig")
+        assert tokens_of(path, characters) == whole(content)
+    tokens = data.tokenise(tmp_path, TOKENIZER, tmp_path, "train", False)
+    assert tokens.tolist() == whole("a\ufeff b") + whole("c") + whole("\ufeffd")
 
 
 def test_a_long_text_is_never_whole_in_memory(tmp_path: Path) -> None:
@@ -135,6 +150,39 @@ def test_an_interrupted_tokenisation_is_done_again(tmp_path: Path, damage: str) 
     assert not (tmp_path / "train.tmp").exists()
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    "note", [b"", b"{}", b"[]", b'{"tokens": 5}', b'{"tokens": null}', b"\xff", b"[" * 100_000, b"9" * 5000],
+    ids=["empty", "{}", "[]", "a count alone", "no count", "not UTF-8", "too deep", "too many digits"],
+)  # fmt: skip
+def test_a_damaged_note_is_made_anew_with_its_tokens(tmp_path: Path, note: bytes, fixed: bool) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time.\n" * 100, encoding="utf-8")
+    expected = data.tokenise(text, TOKENIZER, tmp_path, "train", False).tolist()
+    whole_note = (tmp_path / "train.json").read_bytes()
+    (tmp_path / "train.json").write_bytes(note)
+    assert data.tokenise(text, TOKENIZER, tmp_path, "train", fixed).tolist() == expected
+    assert (tmp_path / "train.json").read_bytes() == whole_note
+
+
+def test_tokens_and_note_are_on_the_disk_before_they_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, replace, fsync = [], Path.replace, os.fsync
+    named: list[str] = []
+
+    def watched(path: Path, target: Path) -> Path:
+        assert path.stat().st_ino in synced and path.stat().st_size > 0
+        named.append(target.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(Path, "replace", watched)
+    (tmp_path / "text.txt").write_text("Once upon a time.\n")
+    data.tokenise(tmp_path / "text.txt", TOKENIZER, tmp_path, "train", False)
+    assert named == ["train.tokens", "train.json"]
+
+
 def test_an_error_in_the_midst_leaves_nothing_behind(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(b"good text " * 300_000 + b"\xff\xfe")
@@ -157,7 +205,7 @@ def test_other_data_is_refused_in_a_run_that_has_begun(tmp_path: Path) -> None:
         data.tokenise(text, TOKENIZER, tmp_path, "train", True)
 
 
-@pytest.mark.parametrize("content", ["", END_OF_TEXT, f"{END_OF_TEXT}\n"])
+@pytest.mark.parametrize("content", ["", END_OF_TEXT, *(mark * n for mark in MARKS[1:] for n in (1, 3, 4))], ids=repr)
 def test_data_without_text_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "text.txt").write_text(content)
     with pytest.raises(ValueError, match="the data must hold text, got nothing in"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -390,6 +391,17 @@ def test_an_error_in_a_step_ends_all_and_leaves_the_engine_usable(model: GPT2, m
 def test_bad_sampling_params(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"SamplingParams: {message}"):
         SamplingParams(**changes)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), 10**5000, math.inf, -math.inf], ids=["1e400", "-1e400", "1e5000", "inf", "-inf"]
+)
+def test_numbers_that_no_float_holds(name: str, value: float) -> None:
+    """The message is short, though Python writes an integer in full, and one of 5000 digits not at all."""
+    with pytest.raises(ValueError, match=f"^SamplingParams: {name} must be a number in .*, got ") as e:
+        SamplingParams(**{name: value})
+    assert len(str(e.value)) < 200
 
 
 def test_unknown_parameter() -> None:

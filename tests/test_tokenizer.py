@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2.config import PRESETS
+from gpt2.storybook import vocabulary
 from gpt2.tokenizer import END_OF_TEXT, STORYBOOK, byte_characters, load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,18 @@ def test_an_absent_vocabulary_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(ValueError, match="'gpt2-xl'.*TIKTOKEN_CACHE_DIR.*ConnectionError: no route to host$"):
         load_tokenizer("gpt2-xl")
+
+
+def test_a_vocabulary_is_learned_from_the_documents_alone(tmp_path: Path) -> None:
+    """Neither from a byte-order mark nor from the lines between documents, however many there are."""
+    pytest.importorskip("tokenizers")
+    documents = ["the cat sat on the mat", "a dog sat\non a log"] * 10
+    learned = []
+    for start, between in (("", "\n<|endoftext|>\n"), ("\ufeff<|endoftext|>\n", "\n" + 3 * "<|endoftext|>\n")):
+        (tmp_path / "text.txt").write_text(start + between.join(documents), encoding="utf-8")
+        vocabulary.learn(tmp_path / "text.txt", tmp_path / "out", 265)
+        learned.append((tmp_path / "out").read_bytes())
+    assert learned[0] == learned[1]
 
 
 # A vocabulary learned by the tokenizers library, with the special token before the bytes or after the merges.
@@ -244,6 +257,16 @@ def test_files_that_are_not_text(name: str, tmp_path: Path) -> None:
     handmade(tmp_path)
     (tmp_path / name).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=f"{name}: not UTF-8 text"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000], ids=["half", "too deep", "too many digits"])
+def test_files_that_are_not_json(name: str, text: str, tmp_path: Path) -> None:
+    if name == "vocab.json":
+        handmade(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: not valid JSON"):
         load_tokenizer(tmp_path)
 
 

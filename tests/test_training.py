@@ -104,7 +104,7 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
@@ -217,7 +217,7 @@ def test_a_run_makes_a_model_that_transformers_loads(
     assert status == 0, err
     assert re.search(r"step 2/6  loss [\d.]+  [\d,]+ tokens/s  MFU \d+ % of a matmul's  0:00:\d\d left", err)
     assert re.search(r"step 6  validation loss [\d.]+ nats a token, perplexity", err) and "step 6  sample: " in err
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [2, 4, 6]
     assert [m["step"] for m in metrics if "val_loss" in m] == [m["step"] for m in metrics if "sample" in m] == [3, 6]
     assert checkpoint.steps(out / "checkpoints") == ["step-00000006"]
@@ -377,6 +377,20 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
     assert "optimizer.pt is cut short or changed): the checkpoint before it is used" in err
     assert "going on after step 4 of 6" in err
     assert_same_state(*(tmp_path / name / "checkpoints" / "step-00000006" for name in ("clean", "run")))
+
+
+def test_lines_of_the_metrics_that_are_damaged_are_left_out_and_said(
+    capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path
+) -> None:
+    """What is whole stays as it is, a line separator in a sample too."""
+    assert run(capsys, text, folder, tmp_path, log_every=1)[0] == 0
+    metrics = tmp_path / "metrics.jsonl"
+    before = metrics.read_bytes() + '{"step": 6, "sample": "a\u2028b"}\n'.encode()
+    damage = b'\xff\xfe\n[]\n3\nnull\n{}\n{"step": "x"}\n' + b"[" * 100_000 + b'\n{"step": 6, "lo'
+    metrics.write_bytes(before + damage)
+    status, err = run(capsys, text, folder, tmp_path, log_every=1, resume=True, steps=7)
+    assert status == 0 and f"gpt2 train: {metrics}: lines left out because they were cut off or damaged: 8\n" in err
+    assert metrics.read_bytes().startswith(before) and losses(tmp_path)[-1][0] == 7
 
 
 def test_another_number_of_processes_is_said(

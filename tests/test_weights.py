@@ -249,6 +249,15 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
     assert str(e.value).count("h.2.") == 4 and "h.3." not in str(e.value)
 
 
+def test_a_number_of_blocks_that_cannot_be_listed_is_refused_at_once(tmp_path: Path) -> None:
+    """A thousand are listed; ten to the ninth would be built up in memory until there is none."""
+    for layers, message in ((1000, "11976 missing"), (10**9, "json: n_layer is 1000000000, and there are 28 tensors")):
+        write_config(tmp_path, tiny_config(n_layer=layers))
+        write_safetensors(tmp_path, random_tensors(CONFIG))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(288, 32), (288, 16), (287, 32)])
 def test_an_untied_head_is_refused(shape: tuple[int, int], tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG)
@@ -366,7 +375,10 @@ def test_shards_outside_the_folder_are_refused(name: Any, tmp_path: Path) -> Non
         load(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b"\xff"])
+INDICES = [b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b"\xff", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", INDICES, ids=lambda content: repr(content[:20]))
 def test_an_index_that_is_none_is_named(content: bytes, tmp_path: Path) -> None:
     write_config(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
@@ -627,6 +639,7 @@ def test_nanogpt_checkpoints_that_are_broken(tmp_path: Path) -> None:
         (dict(model_args={k: v for k, v in arguments.items() if k != "n_head"}), "model_args has no n_head"),
         (dict(model_args=arguments | {"n_head": 3}), "n_embd must be a multiple of n_head"),
         (dict(model_args=arguments | {"n_layer": 3}), "12 missing: h.2.ln_1.weight"),
+        (dict(model_args=arguments | {"n_layer": 10**9, "bias": False}), "n_layer is 1000000000, and there are"),
         (dict(model={k: v for k, v in good.items() if "ln_f" not in k}), "2 missing: ln_f.weight"),
         (dict(model=good | {"lm_head.weight": good["lm_head.weight"] + 1}), "1 untied"),
         (dict(model=good | {"transformer.h.0.gate.weight": torch.zeros(1)}), "1 unknown: h.0.gate.weight"),

@@ -107,7 +107,7 @@ def parse_request(content: dict[str, Any], model: str) -> CompletionRequest:
         "".join(params.stop).encode()
     except UnicodeEncodeError:
         raise ApiError(400, "stop must be valid Unicode, got a lone surrogate", "stop") from None
-    except (ValueError, TypeError, OverflowError) as e:
+    except (ValueError, TypeError) as e:
         message = shorten(str(e).removeprefix("SamplingParams: "), quote=False)
         raise ApiError(400, message, next((n for n in _SAMPLING if message.startswith(n + " ")), None)) from None
     if len(prompts) * params.n > MAX_CHOICES:

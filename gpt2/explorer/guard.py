@@ -113,8 +113,9 @@ class Bearer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self.free:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self.key):
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            # Names of schemes are written in either case (RFC 9110, 11.1); keys are compared in constant time.
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self.key):
                 error = ApiError(401, "a bearer key is needed: Authorization: Bearer KEY", code="invalid_api_key")
                 await Json(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
                 return

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from gpt2.config import PRESETS
-from gpt2.tokenizer import END_OF_TEXT, byte_characters
+from gpt2.data import pieces
+from gpt2.tokenizer import byte_characters
 
 
 def learn(data: Path, out: Path, vocab_size: int) -> None:
@@ -19,8 +20,8 @@ def learn(data: Path, out: Path, vocab_size: int) -> None:
     import tokenizers
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    documents = data.read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
-    tokenizer.train_from_iterator(documents, vocab_size=vocab_size - 1, min_frequency=2, show_progress=False)
+    texts = (text for _, text in pieces(data))
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size - 1, min_frequency=2, show_progress=False)
     to_byte = {c: b for b, c in byte_characters().items()}
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if len(vocab) != vocab_size - 1:
