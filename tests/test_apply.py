@@ -186,6 +186,25 @@ def test_without_a_cache_padding_and_packed_sequences_are_seen(production: torch
     torch.testing.assert_close(found[1], expected[1], **TOLERANCE)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_part_of_a_gpt2_leaves_its_attention(production: torch.device, implementation: str) -> None:
+    """The masks it is handed are made outside, for the implementation that is chosen there: it failed on them."""
+    model = gpt2(attn_implementation=implementation).to(production)
+    tokens = torch.randint(1, 60, (3, 13), device=production)
+    mask, _ = padded(tokens, "left")
+    kept = mask.bool()
+    expected = model(tokens, attention_mask=mask).logits[kept]
+    for part in (model.transformer.h[1], model.transformer.h[0].attn):
+        report = gpt2_kernels.apply(part).report
+        assert list(report.kept.values()) == [
+            "its masks are made by a GPT2Model that is not in what apply was given: apply the whole model"
+        ]
+        torch.testing.assert_close(model(tokens, attention_mask=mask).logits[kept], expected, **TOLERANCE)
+    report = gpt2_kernels.apply(model.transformer).report
+    assert not report.kept and len(report.replaced) == 9
+    torch.testing.assert_close(model(tokens, attention_mask=mask).logits[kept], expected, **TOLERANCE)
+
+
 def test_generation_gives_the_same_text(production: torch.device) -> None:
     model = gpt2().to(production)
     tokens = torch.randint(1, 60, (3, 13), device=production)

@@ -405,8 +405,9 @@ def _torch_module(module: Any) -> type[Fused] | str | None:
     return None
 
 
-def recognise(module: nn.Module, proofs: dict[Any, bool]) -> type[Fused] | str | None:
-    """The class to put before the module's own, or why it is left, or None where it is no kind that concerns us."""
+def recognise(module: nn.Module, model: nn.Module, proofs: dict[Any, bool]) -> type[Fused] | str | None:
+    """The class to put before the own one of a module of `model`, or why it is left, or None where it is no kind that
+    concerns us."""
     kind = type(module)
     found: type[Fused] | str | None = _torch_module(module)
     if found is None and kind.__module__.startswith("transformers."):
@@ -414,7 +415,7 @@ def recognise(module: nn.Module, proofs: dict[Any, bool]) -> type[Fused] | str |
             from gpt2_kernels.integrations import transformers  # it is imported already: here is a module of it
         except ImportError as problem:  # a version that is too old
             return str(problem) if _sounds_like_ours(module) else None
-        found = transformers.recognise(module)
+        found = transformers.recognise(module, model)
     if found is None and not f"{kind.__module__}.".startswith(_NOT_NANO):
         found = _nano(module, proofs)
     if found is None and _sounds_like_ours(module):
@@ -490,7 +491,7 @@ def apply(model: nn.Module) -> Handle:
     proofs: dict[Any, bool] = {}
     for name, module in list(model.named_modules()):
         if not isinstance(module, Fused):
-            found = recognise(module, proofs)
+            found = recognise(module, model, proofs)
             if isinstance(found, str):
                 kept[name] = found
             if not isinstance(found, type):

@@ -79,7 +79,7 @@ def _of_model(model: nn.Module) -> list[str]:
             ops = [op for op in sorted(_runtime.OPS, key=len, reverse=True) if op in module.by]
             rows.append((name, f"{module.by}: {_path(ops[0], device)}" if ops else module.by))
             continue
-        found = recognise(module, proofs)
+        found = recognise(module, model, proofs)
         if isinstance(found, str):
             rows.append((name, f"PyTorch: {found}"))
         elif found is not None:

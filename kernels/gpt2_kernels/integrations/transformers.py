@@ -411,7 +411,7 @@ class FusedGPT2Attention(Fused):
         super().uninstall(model)
 
 
-def recognise(module: Any) -> type[Fused] | str | None:
+def recognise(module: Any, model: nn.Module) -> type[Fused] | str | None:
     """As in `dropin`: the class to put before that of a module of transformers', or why it is left, or None."""
     if type(module) is GPT2MLP:
         for name in ("c_fc", "c_proj"):
@@ -425,5 +425,8 @@ def recognise(module: Any) -> type[Fused] | str | None:
             return f"head dimension must lie in 1..{MAX_HEAD_DIM}, got {module.head_dim}"
         if module.config.output_attentions:
             return "config.output_attentions asks for attention weights"
+        makers = (part for part in model.modules() if isinstance(part, GPT2Model) and part.config is module.config)
+        if not any(part is module for maker in makers for part in maker.modules()):
+            return "its masks are made by a GPT2Model that is not in what apply was given: apply the whole model"
         return FusedGPT2Attention
     return None
