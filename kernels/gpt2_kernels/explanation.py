@@ -72,7 +72,7 @@ def _path(op: str, device: str) -> str:
 def _of_model(model: nn.Module) -> list[str]:
     parameter = next(model.parameters(), None)
     device = "cpu" if parameter is None else parameter.device.type
-    proofs: dict[Any, bool] = {}
+    proofs: dict[Any, type[Fused] | str] = {}
     rows: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         if isinstance(module, Fused):
