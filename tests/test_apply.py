@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ import nanogpt
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from conftest import ROOT
 from test_structure import run
 from torch import Tensor, nn
@@ -186,6 +189,25 @@ def test_without_a_cache_padding_and_packed_sequences_are_seen(production: torch
     torch.testing.assert_close(found[1], expected[1], **TOLERANCE)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_part_of_a_gpt2_leaves_its_attention(production: torch.device, implementation: str) -> None:
+    """The masks it is handed are made outside, for the implementation that is chosen there: it failed on them."""
+    model = gpt2(attn_implementation=implementation).to(production)
+    tokens = torch.randint(1, 60, (3, 13), device=production)
+    mask, _ = padded(tokens, "left")
+    kept = mask.bool()
+    expected = model(tokens, attention_mask=mask).logits[kept]
+    for part in (model.transformer.h[1], model.transformer.h[0].attn):
+        report = gpt2_kernels.apply(part).report
+        assert list(report.kept.values()) == [
+            "its masks are made by a GPT2Model that is not in what apply was given: apply the whole model"
+        ]
+        torch.testing.assert_close(model(tokens, attention_mask=mask).logits[kept], expected, **TOLERANCE)
+    report = gpt2_kernels.apply(model.transformer).report
+    assert not report.kept and len(report.replaced) == 9
+    torch.testing.assert_close(model(tokens, attention_mask=mask).logits[kept], expected, **TOLERANCE)
+
+
 def test_generation_gives_the_same_text(production: torch.device) -> None:
     model = gpt2().to(production)
     tokens = torch.randint(1, 60, (3, 13), device=production)
@@ -330,6 +352,171 @@ IMPOSTORS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def attend(self: Any, qkv: Tensor, **options: Any) -> Tensor:
+    """nanoGPT's attention by torch's function, with other options where they are given."""
+    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    out = F.scaled_dot_product_attention(q, k, v, **(options or {"is_causal": True}))
+    return self.c_proj(out.transpose(1, 2).flatten(2))
+
+
+def local(self: Any, x: Tensor) -> Tensor:
+    """Each block of 2048 tokens alone, where there are several."""
+    B, T, C = x.shape
+    return attend(self, self.c_attn(x.view(-1, T if T % 2048 else 2048, C))).view(B, T, C)
+
+
+def by_length(self: Any, x: Tensor) -> Tensor:
+    scale = 16**-0.5 * max(1.0, math.log(x.shape[1], 512))
+    return attend(self, self.c_attn(x), is_causal=True, scale=scale)
+
+
+def windowed(self: Any, x: Tensor) -> Tensor:
+    i = torch.arange(x.shape[1])
+    return attend(self, self.c_attn(x), attn_mask=(i[:, None] >= i) & (i[:, None] - i < 64))
+
+
+def masked(fill: float, first: int) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, -1))
+        scores, T = q @ k.transpose(2, 3) * k.shape[-1] ** -0.5, x.shape[1]
+        scores = scores.masked_fill(self.bias[:, :, first : T + first, :T] == 0, fill)
+        return self.c_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    return forward
+
+
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-1, 1)
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return F.gelu(x).clamp(max=10.0)
+
+
+def remembering(self: Any, x: Tensor) -> Tensor:
+    self.seen = x.shape
+    return nanogpt.MLP.forward(self, x)
+
+
+ATTENTION = nanogpt.CausalSelfAttention, (32, 2, 0.0, True, 48)
+MLP = nanogpt.MLP, (32, 0.0, True)
+
+# What agrees with nanoGPT's modules on short inputs of size 1: the forward, and the reason that is given.
+STRANGE: dict[str, tuple[Any, Callable[..., Any], str]] = {
+    "a clamp": (MLP, lambda self, x: self.c_proj(F.gelu(self.c_fc(x)).clamp(max=10)), "calls clamp"),
+    "a clamp in a script": (MLP, lambda self, x: self.c_proj(scripted(self.c_fc(x))), "calls aten."),
+    "no gradient": (MLP, lambda self, x: self.c_proj(F.gelu(self.c_fc(x)).detach()), "calls detach"),
+    "a gradient of its own": (
+        MLP,
+        lambda self, x: nanogpt.MLP.forward(self, Clipped.apply(x)),
+        "a backward of its own",
+    ),
+    "it depends on the device": (MLP, lambda self, x: nanogpt.MLP.forward(self, x * (1 + x.is_cuda)), "reads is_cuda"),
+    "it depends on the values": (MLP, lambda self, x: nanogpt.MLP.forward(self, x) if x.max() < 9 else x, "calls max"),
+    "state": (MLP, remembering, "sets seen"),
+    "a clamp of keys": (ATTENTION, lambda self, x: attend(self, self.c_attn(x).clamp(-8, 8)), "calls clamp"),
+    "a window": (ATTENTION, windowed, "calls arange"),
+    "blocks of long inputs": (ATTENTION, local, r"attends with a query \(8, 2, 2048, 16\) at length 8192"),
+    "a scale by the length": (ATTENTION, by_length, "does something else at length 1025"),
+    "a finite mask": (ATTENTION, masked(-1e4, 0), "masks scores by something else than its causal mask and -inf"),
+    "a shifted mask": (ATTENTION, masked(-torch.inf, 1), "takes another part of its mask"),
+    "capped scores": (
+        ATTENTION,
+        lambda self, x: attend(self, 1e3 * (self.c_attn(x) / 1e3).tanh()),
+        "calls tanh",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_shows_at_other_lengths_and_scales_is_left(name: str) -> None:
+    (base, arguments), forward, reason = STRANGE[name]
+    if base is nanogpt.CausalSelfAttention:
+        arguments = (*arguments, "mask" not in name)
+    report = gpt2_kernels.apply(impostor(base, forward, base.__name__)(*arguments)).report
+    assert not report.replaced
+    assert "computes something else: it" in report.kept[""] and re.search(reason, report.kept[""])
+
+
+def test_a_classs_attributes_count_like_the_instances() -> None:
+    """`window = 64` in the class body was overlooked."""
+    kind = type("CausalSelfAttention", (nanogpt.CausalSelfAttention,), {"window": 64, "helper": lambda self: None})
+    report = gpt2_kernels.apply(kind(32, 2, 0.0, True, 48, True)).report
+    assert report.kept == {"": "it has window, which nanoGPT's module of this shape has not"}
+    numbered = type("LayerNorm", (nanogpt.LayerNorm,), {"eps": 1e-5})  # which the replacement reads
+    assert gpt2_kernels.apply(numbered(32, True)).report.replaced
+
+
+def published(self: Any, x: Tensor) -> Tensor:
+    """nanoGPT's attention in its own words."""
+    B, T, C = x.size()
+    q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+    k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+    q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+    v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+    if self.flash:
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None, dropout_p=self.dropout if self.training else 0, is_causal=True
+        )
+    else:
+        att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+        y = self.attn_dropout(F.softmax(att, dim=-1)) @ v
+    return self.resid_dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))
+
+
+def new_gelu(x: Tensor) -> Tensor:
+    """As nanoGPT first had it."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def by_hand(self: Any, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return self.weight * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() + self.bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_words_for_the_same_are_taken(dtype: torch.dtype) -> None:
+    spelled = impostor(nanogpt.MLP, lambda self, x: self.dropout(self.c_proj(new_gelu(self.c_fc(x)))), "MLP")
+    modules = [
+        impostor(nanogpt.CausalSelfAttention, published, "Attention")(32, 2, 0.1, True, 1024, True),
+        impostor(nanogpt.CausalSelfAttention, published, "Attention")(32, 2, 0.1, True, 16, False),  # short
+        spelled(768, 0.1, True),
+        impostor(nanogpt.LayerNorm, by_hand, "LayerNorm")(32, True),
+    ]
+    for module in modules:
+        with torch.inference_mode():
+            report = gpt2_kernels.apply(module.to(dtype)).report
+        assert report.replaced, report
+    assert report.replaced and "tanh" in gpt2_kernels.apply(modules[2]).report.replaced[""]
+
+
+def test_a_trial_is_no_call_of_the_users() -> None:
+    """Hooks on a module and its layers neither run in the trial nor stand in its way."""
+    mlp, seen = nanogpt.MLP(32, 0.0, True), []
+    for module in mlp.modules():
+        module.register_forward_hook(lambda *_: seen.append(1))
+    assert gpt2_kernels.apply(mlp).report.replaced and not seen
+    mlp(torch.randn(1, 2, 32))
+    assert len(seen) == sum(1 for _ in mlp.modules())
+
+
+def test_a_forward_put_on_a_layer_is_not_passed_by() -> None:
+    """As accelerate and some adapters do: the layer's weights were read all the same."""
+    mlp, x = randomize(nanogpt.MLP(32, 0.0, True)), torch.randn(2, 5, 32)
+    gpt2_kernels.apply(mlp)
+    before, own = mlp(x), mlp.c_proj.forward
+    mlp.c_proj.forward = lambda x: own(x) + 1  # type: ignore[method-assign]
+    torch.testing.assert_close(mlp(x), before + 1, **TOLERANCE)
+
+
 @pytest.mark.parametrize("name", IMPOSTORS)
 def test_what_only_looks_like_nanogpt_is_left(name: str) -> None:
     """By what it computes, even where its own weights are zeros, of which nothing can be told."""
@@ -412,6 +599,9 @@ def test_unknown_attributes_children_and_devices_are_named() -> None:
     swapped = nanogpt.MLP(32, 0.0, True)
     swapped.c_fc = nn.Bilinear(32, 32, 128)  # type: ignore[assignment]
     assert "its c_fc is a Bilinear" in gpt2_kernels.apply(swapped).report.kept[""]
+    pruned = nanogpt.MLP(32, 0.0, True)
+    nn.utils.prune.l1_unstructured(pruned.c_fc, "weight", 0.5)  # its weight, which has a gradient, cannot be copied
+    assert "its c_fc has a weight that is no parameter" in gpt2_kernels.apply(pruned).report.kept[""]
 
 
 # --- torch's modules ------------------------------------------------------------------------------------------------

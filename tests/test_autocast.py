@@ -1,4 +1,4 @@
-"""The functions under torch.autocast, and the operators called behind their backs."""
+"""The functions under torch.autocast and forward-mode derivatives, and the operators called behind their backs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import gpt2_kernels as ops
 from gpt2_kernels import _runtime
@@ -123,6 +124,40 @@ def test_cache_operators_keep_the_dtype_of_the_cache(path: torch.device) -> None
         with pytest.raises(ValueError, match="k_cache must have the dtype of k"):
             ops.append_kv_(k.bfloat16(), k.bfloat16(), cache, cache, slot)
     assert torch.equal(cache[1, 1], k[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_forward_mode_derivative_is_refused(production: torch.device, name: str) -> None:
+    """It came back as zero: whichever argument has the tangent, in torch.func's transforms and without them."""
+    function, tensors, _ = _cases(production)[name]
+    for i, tensor in enumerate(tensors):
+
+        def alone(x: Tensor, i: int = i) -> Tensor:
+            return function(*tensors[:i], x, *tensors[i + 1 :])
+
+        pattern = "[a-z_]+: has no forward-mode derivative"
+        with pytest.raises(ValueError, match=pattern):
+            torch.func.jvp(alone, (tensor,), (tensor,))
+        with pytest.raises(ValueError, match=pattern):
+            torch.func.jvp(torch.func.vmap(alone), (tensor[None],), (tensor[None],))
+        with forward_ad.dual_level():
+            assert torch.equal(alone(tensor), function(*tensors))  # no tangent
+            with pytest.raises(ValueError, match=pattern):
+                alone(forward_ad.make_dual(tensor, tensor))
+
+
+def test_losses_and_what_has_no_gradient_refuse_it_too(production: torch.device) -> None:
+    x, w = _tensors(production, (3, 16), (8, 16))
+    targets, lse = torch.tensor([1, 2, 3], device=production), torch.zeros(1, 1, 3, device=production)
+    functions: dict[str, Callable[[Tensor], object]] = {
+        "cross_entropy": lambda x: ops.cross_entropy(x, targets),
+        "linear_cross_entropy": lambda x: ops.linear_cross_entropy(x, w, targets),
+        "layer_norm": lambda x: ops.layer_norm(x, weight=w[0], bias=w[1], prenorm=True),
+        "attention_map": lambda x: ops.attention_map(q=x[None, :, None], k=w[None, :3, None], lse=lse),
+    }
+    for name, function in functions.items():
+        with pytest.raises(ValueError, match=f"{name}: has no forward-mode derivative"):
+            torch.func.jacfwd(function)(x)
 
 
 def test_an_operator_called_directly_refuses_to_lose_a_gradient(path: torch.device) -> None:

@@ -178,6 +178,24 @@ def test_kvcache_rows_by_index_an_int_and_a_window(path: torch.device) -> None:
     torch.testing.assert_close(full.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("Tq", [1, 3])
+def test_kvcache_compiles_whole(production: torch.device, Tq: int) -> None:
+    """That the new keys fit is asserted in the graph, which a branch on it would have broken on a CPU."""
+    cache = torch.randn(2, 2, 8, 2, 16, device=production)
+    q, k, v = torch.randn(3, 2, Tq, 2, 16, device=production)
+    lengths = torch.tensor([0, 5], dtype=torch.int32, device=production)
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_attn_with_kvcache, fullgraph=True, backend="aot_eager")
+    ours, theirs = cache.clone(), cache.clone()
+    out = compiled(q, *ours, k, v, cache_seqlens=lengths, causal=True)
+    expected = flash_attn_with_kvcache(q, *theirs, k, v, cache_seqlens=lengths, causal=True)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, cache)
+    if production.type == "cpu":  # on a GPU it would end the process's use of it
+        with pytest.raises(RuntimeError, match=r"cache_seqlens plus the . tokens of k must lie in 0\.\.8"):
+            compiled(q, *ours, k, v, cache_seqlens=lengths + 4, causal=True)
+
+
 # --- signatures and refusals ----------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,17 @@ def test_quantize_is_within_half_a_step() -> None:
         ops.quantize(torch.full((2, 2), torch.nan))
 
 
+def test_quantize_compiles_whole() -> None:
+    """That the weight is finite is asserted in the graph, which a branch on it would have broken."""
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.quantize, fullgraph=True, backend="aot_eager")
+    weight = torch.randn(6, 5)
+    for ours, expected in zip(compiled(weight), ops.quantize(weight)):
+        assert torch.equal(ours, expected)
+    with pytest.raises(RuntimeError, match="quantize: weight must be finite"):
+        compiled(weight / 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("M, K, N", [(1, 768, 100), (3, 101, 7), (70, 96, 130), (0, 4, 4)])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])

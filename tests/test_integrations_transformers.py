@@ -171,6 +171,38 @@ def test_cross_attention(path: torch.device) -> None:
     torch.testing.assert_close(got, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("width", [12, 40], ids=["narrower", "wider"])
+def test_values_of_another_width_than_keys(path: torch.device, width: int) -> None:
+    """DeepSeek-V3's latent attention, 24 wide in queries and keys; it was refused."""
+    config = transformers.DeepseekV3Config(
+        **{**COMMON, "num_key_value_heads": 4}, first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=width,
+    )  # fmt: skip
+    theirs = transformers.DeepseekV3ForCausalLM._from_config(config, attn_implementation="eager").to(path).eval()
+    ours = transformers.DeepseekV3ForCausalLM._from_config(config, attn_implementation="gpt2_kernels").to(path).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    ours.load_state_dict(theirs.state_dict())
+    tokens = torch.randint(1, 60, (3, 11), device=path)
+    for side in ("none", "left", "right"):
+        mask = padding_mask(side, 3, 11, path)
+        kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        got, expected = (m(tokens, attention_mask=mask).logits[kept] for m in (ours, theirs))
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+        weights = [model.model.layers[0].self_attn.kv_b_proj.weight for model in (ours, theirs)]
+        mine, other = (torch.autograd.grad(out.square().mean(), w)[0] for out, w in zip((got, expected), weights))
+        torch.testing.assert_close(mine, other, **TOLERANCE)
+    mask = padding_mask("left", 3, 11, path)
+    first, second = (m.generate(tokens, attention_mask=mask, max_new_tokens=4, do_sample=False) for m in (ours, theirs))
+    assert torch.equal(first, second)
+    q, v = torch.randn(1, 2, 6, 16, device=path), torch.randn(1, 2, 6, width, device=path)  # with the scale of the keys
+    forward = gpt2_kernels.integrations.transformers.attention_forward
+    out = forward(ours.model.layers[0].self_attn, q, q, v, None)[0].transpose(1, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, v, is_causal=True)
+    torch.testing.assert_close(out, expected, **TOLERANCE)
+
+
 def test_a_decoder_told_to_look_both_ways(production: torch.device) -> None:
     ours, theirs = pair("llama, grouped", production, is_causal=False)
     tokens = torch.randint(1, 60, (3, 11), device=production)

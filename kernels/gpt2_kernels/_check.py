@@ -144,6 +144,7 @@ def heads(op: str, q_heads: int, kv_heads: int, head_dim: int) -> None:
 
 def no_gradient(op: str, **tensors: Tensor) -> None:
     """The cache operators have none: better an error than gradients that are missing without a word."""
+    _runtime.refuse_tangents(op, *tensors.values())
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if tensor.requires_grad:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from gpt2_kernels import _native
 
@@ -328,6 +330,9 @@ def autocast(to: str) -> Callable[[Function], Function]:
     These are the choices that PyTorch makes for its functions on a GPU, and here they hold on a CPU too. The casts are
     ordinary ones, outside of the operator: gradients come back in the dtype of the parameters. float64 is left alone. A
     fused residual is cast like the rest; add it outside where a stream of residuals is to stay in float32.
+
+    These being the functions that have gradients, it is here that forward-mode differentiation is refused: PyTorch asks
+    an operator without a rule for it no question, and its result would count as a constant.
     """
     if to not in ("lower", "float32"):
         raise ValueError(f"autocast: to must be 'lower' or 'float32', got {to!r}")
@@ -343,6 +348,8 @@ def autocast(to: str) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def on_cast(*args: Any, **kwargs: Any) -> Any:
+            if forward_ad._current_level >= 0:  # asked here too, to save the call
+                refuse_tangents(function.__name__.lstrip("_"), *args, *kwargs.values())
             if torch._C._is_any_autocast_enabled():  # one question in place of one for each kind of device
                 return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
             return function(*args, **kwargs)
@@ -350,6 +357,25 @@ def autocast(to: str) -> Callable[[Function], Function]:
         return on_cast  # type: ignore[return-value]
 
     return decorate
+
+
+def refuse_tangents(op: str, *args: Any) -> None:
+    if forward_ad._current_level < 0:  # neither in torch.func.jvp nor in forward_ad.dual_level: no tensor has one
+        return
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and _has_tangent(arg):
+            raise ValueError(
+                f"{op}: has no forward-mode derivative (jvp, jacfwd and hessian need one, backward() does not), got a "
+                f"tensor with a tangent"
+            )
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _refuse_gradient(name: str, args: tuple[Any, ...]) -> None:

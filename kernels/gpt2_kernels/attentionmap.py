@@ -319,6 +319,7 @@ def attention_map(
     on the CPU, and on a GPU NaN, or a device assertion under TRITON_DEBUG=1.
     """
     op = "attention_map"
+    _check.no_gradient(op, q=q, k=k, lse=lse)
     q, k = _as_attention_took_them(q, k)
     for name, tensor in (("q", q), ("k", k)):
         _check.rank(op, name, tensor, "(B, T, H, D)")
@@ -331,7 +332,6 @@ def attention_map(
     scale, window = _check.attention_options(op, D, scale, window)
     if top_m is not None and not 1 <= top_m <= k.shape[1]:
         _check.fail(op, f"top_m must lie in 1..{k.shape[1]}", top_m)
-    _check.no_gradient(op, q=q, k=k, lse=lse)
     chosen = _indices(op, "heads", heads, H, q), _indices(op, "rows", rows, Tq, q)
     if top_m is None:
         return torch.ops.gpt2_kernels.attention_map(q, k, lse, *chosen, causal, scale, window)

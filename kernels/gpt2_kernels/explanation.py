@@ -72,14 +72,14 @@ def _path(op: str, device: str) -> str:
 def _of_model(model: nn.Module) -> list[str]:
     parameter = next(model.parameters(), None)
     device = "cpu" if parameter is None else parameter.device.type
-    proofs: dict[Any, bool] = {}
+    proofs: dict[Any, type[Fused] | str] = {}
     rows: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         if isinstance(module, Fused):
             ops = [op for op in sorted(_runtime.OPS, key=len, reverse=True) if op in module.by]
             rows.append((name, f"{module.by}: {_path(ops[0], device)}" if ops else module.by))
             continue
-        found = recognise(module, proofs)
+        found = recognise(module, model, proofs)
         if isinstance(found, str):
             rows.append((name, f"PyTorch: {found}"))
         elif found is not None:

@@ -54,10 +54,16 @@ register(
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) as (int8 (N, K), scale (N,) float32): weight[n] is about int8[n] * scale[n]."""
+    """A weight (N, K) as (int8 (N, K), scale (N,) float32): weight[n] is about int8[n] * scale[n].
+
+    Raises ValueError where it is not finite, a compiled graph RuntimeError when it runs.
+    """
     _check.rank("quantize", "weight", weight, "(N, K)")
     _check.same_kind("quantize", "weight", weight)
-    if not weight.isfinite().all():
+    finite = weight.isfinite().all()
+    if torch.compiler.is_compiling():  # a graph cannot branch
+        torch._assert_async(finite, "quantize: weight must be finite")
+    elif not finite:
         _check.fail("quantize", "weight must be finite", "a NaN or an infinity")
     return reference.quantize(weight)
 

@@ -285,8 +285,8 @@ def _slots(op: str, lengths: Tensor, k: Tensor, k_cache: Tensor, block_table: Te
     positions = lengths.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # (B, Tnew)
     fits = ((positions >= 0) & (positions < room)).all()
     rule = f"cache_seqlens plus the {k.shape[1]} tokens of k must lie in 0..{room}"
-    if k.device.type != "cpu":
-        torch._assert_async(fits, f"{op}: {rule}")  # without waiting for the GPU
+    if k.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(fits, f"{op}: {rule}")  # without waiting for the GPU, and a graph cannot branch
     elif not fits:
         _check.fail(op, rule, lengths.tolist())
     blocks = block_table.long().gather(1, positions.clamp(0, room - 1) // block_size)

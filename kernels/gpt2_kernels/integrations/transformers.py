@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -149,7 +150,7 @@ def key_numbers(
     if attention_mask is not None:  # (B, tokens seen or more) bool
         missing = kv_offset + kv_length - attention_mask.shape[1]
         if missing > 0:
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+            attention_mask = F.pad(attention_mask, (0, missing))
         kept = attention_mask[:, kv_offset : kv_offset + kv_length]
     may_skip = allow_is_causal_skip if causal else allow_is_bidirectional_skip
     if not causal:
@@ -175,7 +176,7 @@ def key_numbers(
 
 def _refuse_gaps(kept: Tensor) -> None:
     """A window counts positions, those of padding too; packed tokens keep their distances where none lies between."""
-    begins = kept & ~torch.nn.functional.pad(kept[:, :-1], (1, 0))
+    begins = kept & ~F.pad(kept[:, :-1], (1, 0))
     whole = begins.sum(1).amax() <= 1
     rule = "with a sliding window padding must be at the ends of a row"
     if torch.compiler.is_compiling():
@@ -205,7 +206,7 @@ def _packing(numbers: Tensor, Tq: int, causal: bool) -> _Packing:
             starts = torch.where(begins.flatten(), rows, B * Tk).sort().values
         else:
             starts = begins.flatten().nonzero().squeeze(1)
-        cu = torch.nn.functional.pad(starts, (0, 1), value=B * Tk).to(torch.int32)
+        cu = F.pad(starts, (0, 1), value=B * Tk).to(torch.int32)
         return _Packing(None, None, None, cu, cu)
 
     kept_k = numbers > 0
@@ -224,7 +225,7 @@ def _tokens_first(kept: Tensor) -> Tensor:
 
 
 def _offsets(kept: Tensor) -> Tensor:
-    return torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _packing_of(numbers: Tensor, Tq: int, causal: bool) -> _Packing:
@@ -254,7 +255,7 @@ def _traced_pattern(
         return _Pattern(causal=True, window=1)  # which window does not matter here
     rows, later = torch.arange(batch_size, device=device)[:, None], torch.arange(1, length, device=device)[None]
     begins = ~function(rows, 0, later, later - 1).expand(batch_size, -1)
-    return _Pattern(True, None, torch.nn.functional.pad(begins.cumsum(1), (1, 0)))
+    return _Pattern(True, None, F.pad(begins.cumsum(1), (1, 0)))
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -272,7 +273,8 @@ def attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (B, H, Tq, D), key and value (B, Hkv, Tk, D) -> (B, Tq, H, D), None."""
+    """transformers' attention interface: query (B, H, Tq, D), key (B, Hkv, Tk, D), value (B, Hkv, Tk, E) ->
+    (B, Tq, H, E), None."""
     _refuse(kwargs)
     config = getattr(module, "config", None)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -281,11 +283,15 @@ def attention_forward(
         _check.fail(OP, f"a model with a sliding window must hand it on ({INSTEAD} need not)", type(module).__name__)
     if sliding_window is not None and not causal:
         _check.fail(OP, f"a sliding window must be causal ({INSTEAD} take any)", f"window {sliding_window} without")
+    D, E = key.shape[-1], value.shape[-1]
+    if D != E:  # latent attention: zeros behind the narrower change no score, and of the result they are cut off
+        scaling = D**-0.5 if scaling is None else scaling
+        query, key, value = (F.pad(t, (0, max(D, E) - t.shape[-1])) for t in (query, key, value))
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if attention_mask is None or _is_no_mask(attention_mask):
         out = attention(q, k, v, causal=causal, scale=scaling, window=sliding_window, dropout_p=dropout)
         assert isinstance(out, Tensor)
-        return out, None
+        return out if D == E else out[..., :E], None
 
     B, Tq = q.shape[:2]
     Tk = k.shape[1]
@@ -301,6 +307,7 @@ def attention_forward(
         q, k, v, cu_q, cu_k, Tq, Tk, causal=causal, scale=scaling, window=sliding_window, dropout_p=dropout
     )
     assert isinstance(out, Tensor)
+    out = out if D == E else out[:, :, :E]
     return (out if back is None else out.index_select(0, back)).unflatten(0, (B, Tq)), None
 
 
@@ -404,7 +411,7 @@ class FusedGPT2Attention(Fused):
         super().uninstall(model)
 
 
-def recognise(module: Any) -> type[Fused] | str | None:
+def recognise(module: Any, model: nn.Module) -> type[Fused] | str | None:
     """As in `dropin`: the class to put before that of a module of transformers', or why it is left, or None."""
     if type(module) is GPT2MLP:
         for name in ("c_fc", "c_proj"):
@@ -418,5 +425,8 @@ def recognise(module: Any) -> type[Fused] | str | None:
             return f"head dimension must lie in 1..{MAX_HEAD_DIM}, got {module.head_dim}"
         if module.config.output_attentions:
             return "config.output_attentions asks for attention weights"
+        makers = (part for part in model.modules() if isinstance(part, GPT2Model) and part.config is module.config)
+        if not any(part is module for maker in makers for part in maker.modules()):
+            return "its masks are made by a GPT2Model that is not in what apply was given: apply the whole model"
         return FusedGPT2Attention
     return None
