@@ -119,7 +119,7 @@ def normalize(norm: nn.LayerNorm, x: Tensor, **options: Any) -> Any:
 
 
 def attend_paged(qkv: Tensor, *, batch: PagedBatch, cache: LayerCache, scale: float) -> Tensor:
-    """Attention (N, H, D) over what the cache holds, with keys and values of the new tokens written to it first."""
+    """Attention (N, H, D) over what the cache holds and the new tokens, whose keys and values are written to it."""
     q, k, v = qkv.unbind(-3)  # three views, no copy
     scales: dict[str, Any] = {}
     if cache.key_scale is not None:

@@ -250,3 +250,18 @@ def test_what_is_not_computed_raises(path: torch.device) -> None:
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_nothing_is_written_before_all_is_checked(path: torch.device) -> None:
+    q, new = torch.zeros(1, 2, 3, 16, device=path), torch.ones(1, 2, 2, 16, device=path)
+    cache = torch.zeros(1, 8, 2, 16, device=path)
+    for changes in (
+        {"q": q},
+        {"softmax_scale": -1.0},
+        {"q": q[:, :, :2].half()},
+        {"block_table": cache[0, :1, 0].long()},
+    ):
+        arguments = {"q": q[:, :, :2], "causal": True, "cache_seqlens": 0, **changes}
+        with pytest.raises(ValueError, match="flash_attn_with_kvcache: "):
+            flash_attn_with_kvcache(arguments.pop("q"), cache, cache, new, new, **arguments)
+        assert not cache.any()

@@ -153,6 +153,14 @@ def test_more_sequences_than_one_launch_takes(path: torch.device, monkeypatch: p
     assert ops.paged_decode_(**{**given, **none}).shape == (0, 2, 16)
 
 
+def test_a_new_key_that_the_context_does_not_count(path: torch.device) -> None:
+    if not ops.path_of("paged_decode_", "cpu").startswith("Triton"):
+        pytest.skip("asserted by the kernel, in the interpreter and under TRITON_DEBUG=1")
+    given = arguments(make_batch(path, torch.float32, [20, 3], [1] * 2, D=16)[0])
+    with pytest.raises(Exception, match="paged_decode_: a new key that context_lens does not count"):
+        ops.paged_decode_(**{**given, "context_lens": given["context_lens"] * 0})
+
+
 def test_opcheck(path: torch.device) -> None:
     batch, _ = make_batch(path, torch.float32, [20, 0, 300], [1] * 3, D=16)
     opcheck(torch.ops.gpt2_kernels.paged_decode_.default, (*arguments(batch).values(), 0.25, 0))

@@ -69,6 +69,31 @@ def cache(
         shape(op, name, scale, (k_cache.shape[2],), "(Hkv,)")
 
 
+def paged(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    block_table: Tensor,
+    context_lens: Tensor,
+) -> None:
+    """A paged cache that is read, and where the keys of its sequences lie."""
+    rank(op, "k_cache", k_cache, "(num_blocks, block_size, Hkv, D)")
+    cache(op, "q", q, k_cache, v_cache, k_scale, v_scale)
+    shape(op, "k_cache", k_cache, (*k_cache.shape[:3], q.shape[2]), "(num_blocks, block_size, Hkv, D)")
+    shape(op, "v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
+    heads(op, q.shape[1], k_cache.shape[2], q.shape[2])
+    rank(op, "block_table", block_table, "(S, max_blocks)")
+    shape(op, "context_lens", context_lens, (block_table.shape[0],), "(S,)")
+    for name, tensor in (("block_table", block_table), ("context_lens", context_lens)):
+        index(op, name, tensor, torch.int32, q)
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            fail(op, f"last axis of {name} must be dense", tensor.stride())
+
+
 def gpu_refusal(device: torch.device | None = None, cache_dtype: torch.dtype | None = None) -> str | None:
     """Why the kernels do not serve a GPU (None: the current one), or a cache of that dtype on it; None where they do.
 

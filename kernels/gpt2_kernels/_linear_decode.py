@@ -38,6 +38,7 @@ TILES = {
 }
 PROGRAMS = 144  # for one tile of rows, about: an H200 has 132 multiprocessors
 LEAST_K = 128  # of a split: two steps along K
+PREFETCH = 4  # BLOCK_K each: all of a split of GPT-2's layers, 32 KB; more would queue before the loads, or not fit L2
 TOGETHER = 3  # parts that a combining program loads at a time
 
 
@@ -66,6 +67,7 @@ def linear_decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCH_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """A program owns SPLIT_K of K of one tile of y; the last of a tile adds its parts in order and stores the tile."""
@@ -81,13 +83,11 @@ def linear_decode_kernel(
         weight_tile = weight_ptr + k.to(tl.int64)[:, None] * stride_weight + n[None, :]  # (BLOCK_K, BLOCK_N)
     else:
         weight_tile = weight_ptr + n.to(tl.int64)[:, None] * stride_weight + k[None, :]  # (BLOCK_N, BLOCK_K)
-    if OVERLAP:  # the weights need not wait for the kernel before: BLOCK_K of them are a cache line
-        for start in tl.static_range(0, SPLIT_K, BLOCK_K):
-            if WEIGHT_KN:
-                line = tl.minimum(k + start, K - 1).to(tl.int64) * stride_weight + tl.min(tl.minimum(n, N - 1), 0)
-            else:
-                line = tl.minimum(n, N - 1).to(tl.int64) * stride_weight + tl.minimum(split * SPLIT_K + start, K - 1)
-            prefetch(weight_ptr + line)
+    if OVERLAP and not WEIGHT_KN:  # weights need not wait for the kernel before: the first of them come to L2 meanwhile
+        for start in tl.static_range(0, PREFETCH_K, 2 * BLOCK_K):
+            # A line of 128 bytes is BLOCK_K of a row: an address a thread, two lines of each row.
+            at = tl.minimum(split * SPLIT_K + start + BLOCK_K * tl.arange(0, 2), K - 1)
+            prefetch(weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_weight + at[None, :])
     wait(OVERLAP)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, tl.minimum(SPLIT_K, K - split * SPLIT_K), BLOCK_K):
@@ -192,6 +192,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        PREFETCH_K=min(split_k, PREFETCH * block_k),
         **_overlap.options(x.device),
         num_warps=warps,
         num_stages=stages,

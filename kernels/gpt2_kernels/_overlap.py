@@ -1,20 +1,22 @@
 """Kernels of a decode step that start while the one before them ends: programmatic dependent launch, Hopper and later.
 
 A step of one text is some 90 kernels of a few microseconds, and between two of them a multiprocessor waits for the
-launch and for the last program, 1 to 1.5 us. A kernel launched with launch_pdl may start once every program of the one
-before it, on its stream or in its graph, has called gdc_launch_dependents or ended. Two rules make that safe:
+launch and for the last program: 1 to 1.5 us by estimate, not yet measured. A kernel launched with launch_pdl may start
+once every program of the one before it, on its stream or in its graph, has called gdc_launch_dependents or ended.
 
-- Each program calls `wait` before it reads or writes anything that another kernel writes or reads. There it waits until
-  the kernel before it has ended and its stores are visible; what comes before the call may touch constants alone.
-- `wait` lets the next kernel start only then, so that no more than two are under way, and whoever is past its own
-  `wait` knows that everything before the kernel before it has ended too.
+- Every program calls `wait` before it reads or writes global memory. There it waits until the kernel before it has
+  ended and its stores are visible. That one has waited in the same way, so all before it have ended too. Ahead of the
+  call a program may `prefetch`, which reads nothing: lines in L2 are one with what others store.
+- `wait` lets the next kernel start only then, so that no more than two are under way.
 
-They are the same instructions where the kernel before is not one of these: then there is little to wait for.
+The instructions are the same where the kernel before is not one of these: then there is little to wait for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +42,15 @@ def disabled() -> Iterator[None]:
 def options(device: torch.device) -> dict[str, Any]:
     """Of the launch of a kernel that calls wait(OVERLAP)."""
     on = _enabled and not _runtime.interpreting() and _runtime.architecture(device) >= 90
+    on = on and (device.type != "cuda" or _in_graphs())
     return {"OVERLAP": on, "launch_pdl": on}
+
+
+@functools.cache
+def _in_graphs() -> bool:
+    """Whether the driver captures such launches in a graph: it does from CUDA 12.3 on."""
+    version = ctypes.c_int(0)
+    return ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value >= 12030
 
 
 @triton.jit

@@ -19,8 +19,8 @@ Where heads share keys (H > Hkv), the arithmetic is that much more for the same 
 of tiles in shared memory.
 
 `paged_decode_` gives the new keys and values with the queries, and saves the launch that would write them to the cache
-beforehand, 2 to 3 us a layer. The program of a sequence's last split writes its head's, and takes them from where they
-came: no other program of the launch reads or writes that slot, so nothing has to be waited for.
+beforehand. The program of a sequence's last split writes its head's, and takes them from where they came: nothing has
+to be waited for, since no other sequence may have that slot among its keys.
 """
 
 from __future__ import annotations
@@ -189,6 +189,7 @@ def paged_decode_kernel(
         if k_ptr is not None:
             slot = tl.load(slots_ptr + sequence)
             tl.device_assert(slot < num_blocks * BLOCK_SIZE, "paged_decode_: slot outside the cache")
+            tl.device_assert((slot < 0) | (context > 0), "paged_decode_: a new key that context_lens does not count")
             fresh = (slot >= 0) & (end == context) & (context > 0)
             end -= fresh.to(tl.int32)
             start = tl.where(begin < end, start, end)  # no tile where a window holds the new key alone

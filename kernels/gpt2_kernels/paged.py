@@ -341,6 +341,8 @@ def _prefill_torch(
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts, lengths = cu_seqlens_q.tolist(), context_lens.tolist()
     for s, (row, length) in enumerate(zip(starts, lengths)):
+        if starts[s + 1] == row:
+            continue
         begin = length - (starts[s + 1] - row)  # position of the first query
         padding = (0, 0, 0, 0, 0, -length % TORCH_TILE)
         k = F.pad(reference.gathered(k_cache, block_table[s], length, k_scale), padding)
@@ -405,30 +407,6 @@ register(
 )
 
 
-def _check_cache(
-    op: str,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    block_table: Tensor,
-    context_lens: Tensor,
-) -> None:
-    _check.rank(op, "k_cache", k_cache, "(num_blocks, block_size, Hkv, D)")
-    _check.cache(op, "q", q, k_cache, v_cache, k_scale, v_scale)
-    _check.shape(op, "k_cache", k_cache, (*k_cache.shape[:3], q.shape[2]), "(num_blocks, block_size, Hkv, D)")
-    _check.shape(op, "v_cache", v_cache, tuple(k_cache.shape), "the shape of k_cache")
-    _check.heads(op, q.shape[1], k_cache.shape[2], q.shape[2])
-    _check.rank(op, "block_table", block_table, "(S, max_blocks)")
-    _check.shape(op, "context_lens", context_lens, (block_table.shape[0],), "(S,)")
-    for name, tensor in (("block_table", block_table), ("context_lens", context_lens)):
-        _check.index(op, name, tensor, torch.int32, q)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
-            _check.fail(op, f"last axis of {name} must be dense", cache.stride())
-
-
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -458,7 +436,7 @@ def paged_attention(
     """
     op = "paged_attention"
     _check.rank(op, "q", q, "(Nq, H, D)")
-    _check_cache(op, q, k_cache, v_cache, k_scale, v_scale, block_table, context_lens)
+    _check.paged(op, q, k_cache, v_cache, k_scale, v_scale, block_table, context_lens)
     _check.shape(op, "cu_seqlens_q", cu_seqlens_q, (block_table.shape[0] + 1,), "(S + 1,)")
     _check.index(op, "cu_seqlens_q", cu_seqlens_q, torch.int32, q)
     if max_seqlen_q < 0:
@@ -488,12 +466,13 @@ def paged_decode_(
     """`append_kv_` and `paged_attention` of one new token a sequence, in one launch: q (S, H, D) -> (S, H, D).
 
     k, v (S, Hkv, D) are written to slots (S,) int64 of the cache, each the place of its sequence's last position,
-    context_lens[s] - 1; -1 for a sequence that has nothing new, whose last position is in the cache. All else as in
-    those two. No gradient. Raises ValueError as they do.
+    context_lens[s] - 1; -1 for a sequence that has nothing new, whose last position is in the cache. A slot that is
+    written belongs to its sequence alone: no other may attend to it in this call. All else as in those two. No
+    gradient. Raises ValueError as they do.
     """
     op = "paged_decode_"
     _check.rank(op, "q", q, "(S, H, D)")
-    _check_cache(op, q, k_cache, v_cache, k_scale, v_scale, block_table, context_lens)
+    _check.paged(op, q, k_cache, v_cache, k_scale, v_scale, block_table, context_lens)
     S = q.shape[0]
     _check.shape(op, "block_table", block_table, (S, block_table.shape[1]), "(S, max_blocks)")
     _check.same_kind(op, "q", q, k=k, v=v)

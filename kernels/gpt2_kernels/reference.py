@@ -256,7 +256,7 @@ def paged_decode_(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`append_kv_` of one token a sequence, then `paged_attention`."""
+    """`append_kv_` of one token a sequence, then `paged_attention`; no slot that is written is another sequence's."""
     append_kv_(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
     cache = k_cache, v_cache, block_table, context_lens, torch.arange(len(q) + 1, dtype=torch.int32)
     return paged_attention(q, *cache, scale=scale, window=window, k_scale=k_scale, v_scale=v_scale)

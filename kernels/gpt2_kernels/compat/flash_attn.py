@@ -263,6 +263,9 @@ def flash_attn_with_kvcache(
     causal, window = _window(op, causal, window_size, capacity)
     if not causal and Tq > 1:
         _check.fail(op, "causal must be True for more than one query (flash_attn_func takes either)", f"Tq = {Tq}")
+    # All of it before anything is written.
+    _check.paged(op, q.flatten(0, 1), k_cache, v_cache, None, None, block_table, cache_seqlens)
+    _check.attention_options(op, q.shape[3], softmax_scale, window)
     options: dict[str, Any] = {"scale": softmax_scale, "window": window}
     lengths, caches = cache_seqlens, (k_cache, v_cache)
     if k is not None and v is not None:
