@@ -43,13 +43,17 @@ def modules(width: int, heads: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
         ),
     }
     if importlib.util.find_spec("transformers") is not None:
-        from transformers import GPT2Config
-        from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+        from transformers import GPT2Config, GPT2Model
 
-        config = GPT2Config(n_embd=width, n_head=heads, attn_pdrop=0.0, resid_pdrop=0.0)
-        config._attn_implementation = "sdpa"
-        found["transformers' GPT-2 block"] = (GPT2Block(config, layer_idx=0), direct)
+        # The model around the layer makes its masks: without it apply leaves the attention.
+        sizes: dict[str, Any] = dict(n_embd=width, n_head=heads, n_layer=1, vocab_size=1, n_positions=64)
+        config = GPT2Config(**sizes, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_implementation="sdpa")
+        found["transformers' GPT-2 of a layer"] = (GPT2Model(config), of_embeddings)
     return found
+
+
+def of_embeddings(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(inputs_embeds=x, use_cache=False).last_hidden_state
 
 
 def training(module: nn.Module, call: Callable[[Tensor], Tensor]) -> Bind:
