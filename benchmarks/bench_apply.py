@@ -46,7 +46,9 @@ def modules(width: int, heads: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
         from transformers import GPT2Config, GPT2Model
 
         # The model around the layer makes its masks: without it apply leaves the attention.
-        sizes: dict[str, Any] = dict(n_embd=width, n_head=heads, n_layer=1, vocab_size=1, n_positions=64)
+        sizes: dict[str, Any] = dict(
+            n_embd=width, n_head=heads, n_layer=1, vocab_size=1, n_positions=64, bos_token_id=0, eos_token_id=0
+        )
         config = GPT2Config(**sizes, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_implementation="sdpa")
         found["transformers' GPT-2 of a layer"] = (GPT2Model(config), of_embeddings)
     return found
