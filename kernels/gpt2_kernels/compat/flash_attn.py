@@ -263,9 +263,6 @@ def flash_attn_with_kvcache(
     causal, window = _window(op, causal, window_size, capacity)
     if not causal and Tq > 1:
         _check.fail(op, "causal must be True for more than one query (flash_attn_func takes either)", f"Tq = {Tq}")
-    # All of it before anything is written.
-    _check.paged(op, q.flatten(0, 1), k_cache, v_cache, None, None, block_table, cache_seqlens)
-    _check.attention_options(op, q.shape[3], softmax_scale, window)
     options: dict[str, Any] = {"scale": softmax_scale, "window": window}
     lengths, caches = cache_seqlens, (k_cache, v_cache)
     if k is not None and v is not None:
@@ -276,6 +273,9 @@ def flash_attn_with_kvcache(
         lengths = lengths + k.shape[1]
         if Tq == k.shape[1] == 1:
             return paged_decode_(q[:, 0], k[:, 0], v[:, 0], *caches, slots, block_table, lengths, **options)[:, None]
+        # What paged_attention will ask, before anything is written.
+        _check.paged(op, q.flatten(0, 1), *caches, None, None, block_table, lengths)
+        _check.attention_options(op, q.shape[3], softmax_scale, window)
         append_kv_(k.flatten(0, 1), v.flatten(0, 1), *caches, slots)
     cu_seqlens = torch.arange(0, B * Tq + 1, Tq, dtype=torch.int32, device=q.device) if Tq else lengths.new_zeros(B + 1)
     out = paged_attention(q.flatten(0, 1), *caches, block_table, lengths, cu_seqlens, Tq, **options)
