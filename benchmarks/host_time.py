@@ -46,11 +46,13 @@ int cuDeviceGetAttribute(int *v, int a, int d) { *v = 227 << 10; return 0; }
 int cuFuncGetAttribute(int *v, int a, void *f) { *v = a == 0 ? 1024 : 0; return 0; } /* 0: threads per block */
 int cuCtxGetLimit(size_t *v, int l) { *v = 0; return 0; }
 int cuDriverGetVersion(int *v) { *v = 13000; return 0; }
+int cuCtxGetDevice(int *d) { *d = 0; return 0; }
+int cuStreamIsCapturing(void *s, int *status) { *status = 0; return 0; }
 int cuGetErrorString(int e, const char **s) { *s = "none"; return 0; }
 int cuOccupancyMaxActiveClusters(int *n, void *f, void *c) { *n = 1; return 0; }
 #define NOTHING(name) int name() { return 0; }
 NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuFuncSetCacheConfig) NOTHING(cuFuncSetAttribute)
-NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col)
+NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col) NOTHING(cuModuleUnload)
 """
 
 

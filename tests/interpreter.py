@@ -172,7 +172,8 @@ def _repair_conversions() -> None:
 
 
 def _repair_arithmetic() -> None:
-    """bfloat16 operations compute in float32 and round once each; comparisons compare values, not bit patterns.
+    """bfloat16 operations compute in float32 and round once each; comparisons compare values, not bit patterns, and give
+    int1: stock ones keep the operands' type, so that a block made of one scalar comparison is no mask.
 
     The functions of tl.math take no bfloat16, and tl.sum, max, clamp and the like promote it by themselves.
     """
@@ -180,7 +181,8 @@ def _repair_arithmetic() -> None:
 
     def binary_op(self, lhs, rhs, op):
         if lhs.dtype.scalar != tl.bfloat16:
-            return stock_binary_op(self, lhs, rhs, op)
+            result = stock_binary_op(self, lhs, rhs, op)
+            return Handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
         result = op(_decode(lhs), _decode(rhs))
         if result.dtype == np.bool_:
             return Handle(result, tl.int1)

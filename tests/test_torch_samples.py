@@ -129,7 +129,10 @@ def gelu(sample: SampleInput) -> Work | Skip:
 
 
 def linear(sample: SampleInput) -> Work | Skip:
-    return Work(ops.linear, F.linear, [sample.input, *sample.args])
+    leaves = [sample.input, *sample.args]
+    if leaves[1].dim() == 1 or not leaves[1].shape[1]:
+        return Skip("weight of one axis or without columns", lambda: ops.linear(*leaves))
+    return Work(ops.linear, F.linear, leaves)
 
 
 def cross_entropy(sample: SampleInput) -> Work | Skip:
@@ -154,12 +157,12 @@ def cross_entropy(sample: SampleInput) -> Work | Skip:
 
 
 # operator of PyTorch -> how a sample of it is put to ours, samples run at least, samples left out at most and why. The
-# counts are of torch 2.13; another version may have more.
+# counts are the most of torch 2.11 to 2.15.
 OPERATORS: dict[str, tuple[Callable[[SampleInput], Work | Skip], int, dict[str, int]]] = {
     "nn.functional.layer_norm": (layer_norm, 5, {"negative eps": 1}),
     "nn.functional.scaled_dot_product_attention": (attention, 24, {"arbitrary mask": 1}),
     "nn.functional.gelu": (gelu, 8, {}),
-    "nn.functional.linear": (linear, 18, {}),
+    "nn.functional.linear": (linear, 18, {"weight of one axis or without columns": 7}),
     "nn.functional.cross_entropy": (
         cross_entropy,
         6,
