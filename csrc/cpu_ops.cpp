@@ -4,7 +4,7 @@
 // cpu_attention.h, cpu_layernorm.h, cpu_linear.h and cpu_sample.h split the work; the _tile.h files hold the arithmetic
 // over the registers of cpu_lanes.h, which cpu_tiles.h includes once for each instruction set of cpu_simd.h.
 //
-// Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.13;
+// Written against LibTorch's stable ABI (torch/csrc/stable, target 2.11), so one binary serves torch 2.11 to 2.15;
 // compiled at first use by gpt2_kernels/_native.py, which says why.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -172,8 +172,8 @@ def _repair_conversions() -> None:
 
 
 def _repair_arithmetic() -> None:
-    """bfloat16 operations compute in float32 and round once each; comparisons compare values, not bit patterns, and give
-    int1: stock ones keep the operands' type, so that a block made of one scalar comparison is no mask.
+    """bfloat16 operations compute in float32 and round once each; comparisons compare values, not bit patterns, and
+    give int1: stock ones keep the operands' type, so that a block made of one scalar comparison is no mask.
 
     The functions of tl.math take no bfloat16, and tl.sum, max, clamp and the like promote it by themselves.
     """

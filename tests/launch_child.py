@@ -1,4 +1,4 @@
-"""Run by test_launch.py in a process without TRITON_INTERPRET: compares _runtime.launch with Triton's own way."""
+"""Run by test_launch.py in a process without TRITON_INTERPRET: compares _launch.launch with Triton's own way."""
 
 import itertools
 import json
@@ -11,9 +11,9 @@ from triton.runtime import jit
 
 from benchmarks import host_time
 from benchmarks.offline import offline
-from gpt2_kernels import _runtime
+from gpt2_kernels import _launch
 
-launch = _runtime.launch
+launch = _launch.launch
 
 
 @triton.jit(do_not_specialize=["m"])

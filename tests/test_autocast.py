@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import gpt2_kernels as ops
-from gpt2_kernels import _runtime
+from gpt2_kernels import _operator
 from gpt2_kernels.modules import CausalSelfAttention, GeluMLP, LayerNorm
 
 Call = Callable[..., Tensor]
@@ -174,4 +174,4 @@ def test_an_operator_called_directly_refuses_to_lose_a_gradient(path: torch.devi
 
 def test_a_wrong_use_of_the_decorator() -> None:
     with pytest.raises(ValueError, match="autocast: to must be 'lower' or 'float32', got 'half'"):
-        _runtime.autocast("half")
+        _operator.autocast("half")

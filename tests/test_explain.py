@@ -15,14 +15,14 @@ from test_structure import run
 from torch import nn
 
 import gpt2_kernels as ops
-from gpt2_kernels import _runtime, env_report, explain, warmup
+from gpt2_kernels import _operator, env_report, explain, warmup
 
 
 def test_an_operator_by_name_or_function(path: torch.device) -> None:
     expected = f"attention on {path.type}: {ops.path_of('attention', path.type)}"
     assert expected in explain("attention").splitlines() and explain(ops.attention) == explain("attention")
     assert "attention under another signature" in explain(ops.scaled_dot_product_attention)
-    for op in _runtime.OPS:
+    for op in _operator.OPS:
         assert explain(op).startswith(op)
     with pytest.raises(ValueError, match="explain: an operator must be one of .*'softmax'"):
         explain("softmax")
@@ -70,7 +70,7 @@ def test_environment_report() -> None:
         "Triton's cache",
     ):
         assert needed in said
-    for op in _runtime.OPS:
+    for op in _operator.OPS:
         assert f"  {op} " in said
     done = run("import runpy; runpy.run_module('gpt2_kernels.env_report', run_name='__main__')",
                PYTHONPATH=str(ROOT / "kernels"), TRITON_PRINT_AUTOTUNING="1")  # fmt: skip
@@ -86,12 +86,14 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (card.major, card.minor))
     refusal = "kernels need a GPU of compute capability 8.0 or later, got 7.5"
+    assert ops.path_of("attention", "cuda") == f"none: {refusal}"
     assert explain("attention").splitlines()[0] == f"attention on cuda: none: {refusal}"
     assert explain("linear_int8").splitlines()[0] == "linear_int8 on cuda: none: int8 weights are for CPUs"
     assert f"Tesla T4, sm_75, 16 GiB, 40 multiprocessors\n               refused: {refusal}\n" in env_report.report()
     warmup.main(["--model", "storybook"])
     assert capsys.readouterr().out.startswith(f"no kernel to compile: {refusal}; C++ operators: ")
     card.major, card.minor = 8, 0
+    assert "cache needs" in ops.path_of("paged_attention", "cuda", torch.float8_e4m3fn)
     assert explain("attention").splitlines()[0] == "attention on cuda: Triton kernel"
 
 
@@ -119,7 +121,7 @@ def test_warmup_calls_every_kernel(path: torch.device) -> None:
     ran = {name.split(".")[1] for name in called.names if name.startswith("gpt2_kernels.")}
     # for looking inside; logits that are held; no kernel to compile
     unused = {"attention_map", "attention_map_top", "linear_int8", "paged_layer_", "gelu_mlp"}
-    assert {op for op in _runtime.OPS if op not in unused and not op.startswith("cross_entropy")} <= ran
+    assert {op for op in _operator.OPS if op not in unused and not op.startswith("cross_entropy")} <= ran
 
 
 def test_warmup_knows_the_sizes_of_the_models() -> None:

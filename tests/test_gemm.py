@@ -404,7 +404,7 @@ def test_decode_gives_its_tickets_back(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ops.path_of("linear", "cpu").startswith("Triton"):
         pytest.skip("counts programs of the interpreter")
     tickets = torch.zeros(100, dtype=torch.int32)
-    monkeypatch.setattr(_runtime, "tickets", lambda number, device: tickets)
+    monkeypatch.setattr(_linear_decode, "tickets", lambda number, device: tickets)
     for M, K, N in DECODED:
         x, weight, bias, _ = inputs(torch.device("cpu"), torch.float32, M, K, N)
         expected = F.linear(x, weight, bias)

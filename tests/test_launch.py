@@ -1,4 +1,4 @@
-"""_runtime.launch and benchmarks.host_time, in a child process that does not interpret (launch_child.py).
+"""_launch.launch and benchmarks.host_time, in a child process that does not interpret (launch_child.py).
 
 There Triton compiles for sm_90 and launches through its own launcher into a CUDA driver that does nothing.
 """

@@ -16,7 +16,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import gpt2_kernels as ops
-from gpt2_kernels import _native, _runtime, layernorm
+from gpt2_kernels import _native, _operator, _runtime, layernorm
 
 WIDTHS = [
     1,  # variance 0: y is the bias
@@ -293,7 +293,7 @@ def test_on_a_cpu_pytorch_computes_nothing(dtype: torch.dtype, monkeypatch: pyte
     with _runtime.force("native"):
         gradients(ours, tuple(leaves), torch.randn_like(x), torch.randn_like(x))
         for op in ("layer_norm", "add_layer_norm", "layer_norm_backward"):
-            assert _runtime.path_of(op, "cpu", dtype) == "compiled C++"
+            assert _operator.path_of(op, "cpu", dtype) == "compiled C++"
 
 
 def test_offsets_beyond_two_to_the_31(path: torch.device) -> None:

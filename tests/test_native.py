@@ -35,14 +35,14 @@ print(loaded, _native.status())
 OLD_COMPILER_CHILD = (
     CHILD
     + """
-from gpt2_kernels import _runtime
+from gpt2_kernels import _operator, _runtime
 import gpt2_kernels as ops
 with _runtime.force("native"):
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
     for dtype in (torch.float32, torch.bfloat16):  # by whatever there is
         y = ops.linear(x.to(dtype), weight.to(dtype))
         torch.testing.assert_close(y.float(), x @ weight.T, rtol=0.05, atol=0.1)
-    print(_runtime._simd_level(), _runtime.path_of("linear", "cpu"), sep="\\n")
+    print(_runtime.simd_level(), _operator.path_of("linear", "cpu"), sep="\\n")
 assert _runtime.has_amx() == torch.cpu._is_amx_tile_supported()
 """
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gpt2_kernels as ops
-from gpt2_kernels import _native, _paged_decode, _runtime, paged
+from gpt2_kernels import _launch, _native, _paged_decode, _runtime, paged
 
 Text = tuple[Tensor, Tensor]  # keys and values of a sequence, (context, Hkv, D) each
 
@@ -264,7 +264,7 @@ def test_tickets_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ops.path_of("paged_attention", "cpu").startswith("Triton"):
         pytest.skip("counts programs of the interpreter")
     tickets = torch.zeros(100, dtype=torch.int32)
-    monkeypatch.setattr(_runtime, "tickets", lambda number, device: tickets)
+    monkeypatch.setattr(_paged_decode, "tickets", lambda number, device: tickets)
     for contexts, Hkv in (([600, 0, 257], 2), ([600, 0, 257], 2), ([5, 300], 1), ([513], 2)):
         check(*make_batch(torch.device("cpu"), torch.float32, contexts, [1] * len(contexts), Hkv=Hkv, D=16))
         assert not tickets.any()
@@ -274,36 +274,36 @@ def test_a_stream_keeps_its_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same zeros for each launch on a stream; others while a graph is captured there before they exist."""
     stream, capturing, zeros = [7], [True], torch.zeros
     active = SimpleNamespace(get_current_stream=lambda index: stream[0])
-    monkeypatch.setattr(_runtime, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(_runtime, "_tickets", {})
+    monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(_launch, "_tickets", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
     segments: list[dict] = []
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     device = torch.device("cuda", 0)
-    captured = _runtime.tickets(10, device)
-    assert captured is not _runtime.tickets(10, device), "what a capture allocates is the graph's own"
+    captured = _launch.tickets(10, device)
+    assert captured is not _launch.tickets(10, device), "what a capture allocates is the graph's own"
     capturing[0] = False
-    kept = _runtime.tickets(10, device)
+    kept = _launch.tickets(10, device)
     capturing[0] = True
-    assert kept is _runtime.tickets(1000, device) and len(kept) >= 1000
+    assert kept is _launch.tickets(1000, device) and len(kept) >= 1000
     capturing[0] = False
-    larger = _runtime.tickets(2 * len(kept), device)
+    larger = _launch.tickets(2 * len(kept), device)
     assert larger is not kept and len(larger) >= 2 * len(kept)
-    assert kept is _runtime.tickets(10, device), "a graph may hold its address"
+    assert kept is _launch.tickets(10, device), "a graph may hold its address"
     stream[0] = 9
     segments.append({"segment_pool_id": (0, 3), "address": 0, "total_size": 2**64})  # torch.compile's, in its warm-up
-    assert _runtime.tickets(10, device) is not _runtime.tickets(10, device)
+    assert _launch.tickets(10, device) is not _launch.tickets(10, device)
     segments[0]["segment_pool_id"] = (0, 0)
     stream[0] = 8
-    assert kept is not _runtime.tickets(10, device)
+    assert kept is not _launch.tickets(10, device)
     stream[0] = 6
 
     def unsupported() -> list[dict]:
         raise RuntimeError("Calling snapshot with backend:cudaMallocAsync is not meaningful")
 
     monkeypatch.setattr(torch.cuda, "memory_snapshot", unsupported)
-    assert _runtime.tickets(10, device) is not _runtime.tickets(10, device)
+    assert _launch.tickets(10, device) is not _launch.tickets(10, device)
 
 
 def test_decode_in_a_cuda_graph() -> None:

@@ -13,8 +13,8 @@ from conftest import ROOT
 
 KERNELS, MODEL = ROOT / "kernels" / "gpt2_kernels", ROOT / "gpt2"
 FOUNDATION = (
-    "_native", "_runtime", "_check", "_attention", "_gelu", "_float8", "_thresholds", "_crossentropy_cpu",
-    "_linear_decode", "_overlap", "_paged_decode", "reference",
+    "_native", "_runtime", "_launch", "_operator", "_check", "_attention", "_gelu", "_float8", "_thresholds",
+    "_crossentropy_cpu", "_linear_decode", "_overlap", "_paged_decode", "reference",
 )  # fmt: skip
 WRAPPERS = ("sdpa", "modules")  # no kernels of their own: they import the operator files
 TOOLS = ("_trial", "dropin", "explanation", "env_report", "warmup")  # on top of both

@@ -11,8 +11,8 @@ from gpt2_kernels import (
     modules,
     reference,
 )
-from gpt2_kernels._check import gpu_refusal
-from gpt2_kernels._runtime import OPS, path_of
+from gpt2_kernels._operator import OPS, path_of
+from gpt2_kernels._runtime import gpu_refusal
 from gpt2_kernels.attentionmap import attention_map
 from gpt2_kernels.crossentropy import cross_entropy, linear_cross_entropy
 from gpt2_kernels.decoding import advance_

@@ -9,13 +9,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _runtime
+from gpt2_kernels import _operator, _runtime
+from gpt2_kernels._runtime import FLOAT8
 
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLOAT8 = torch.float8_e4m3fn  # of caches alone
-OLDEST_GPU = 80  # compute capability, 10 major + minor, from which on all kernels compile
-OLDEST_FLOAT8_GPU = 89  # those for float8 caches: Triton compiles float8_e4m3fn for GPUs that convert it in hardware
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}  # of products: the number by which kernels and C++ know each
 MAX_WINDOW = 2**30  # a wider one is no narrower, and a position plus it would not fit in the 32 bits of kernels
 
@@ -94,31 +92,10 @@ def paged(
             fail(op, f"last axis of {name} must be dense", tensor.stride())
 
 
-def gpu_refusal(device: torch.device | None = None, cache_dtype: torch.dtype | None = None) -> str | None:
-    """Why the kernels do not serve a GPU (None: the current one), or a cache of that dtype on it; None where they do.
-
-    The text names the rule and the compute capability got.
-    """
-    if device is None and not torch.cuda.is_available():
-        return "there is no GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    return _too_old(10 * major + minor, cache_dtype)
-
-
 def float8_gpu(op: str, k_cache: Tensor) -> None:
     """`gpu_refusal` of a float8 cache, of the GPU too that kernels are being compiled for offline."""
-    if k_cache.dtype == FLOAT8 and (refusal := _too_old(_runtime.architecture(k_cache.device), FLOAT8)):
+    if k_cache.dtype == FLOAT8 and (refusal := _runtime.too_old(_runtime.architecture(k_cache.device), FLOAT8)):
         raise ValueError(f"{op}: {refusal}")
-
-
-def _too_old(architecture: int, cache_dtype: torch.dtype | None) -> str | None:
-    what, oldest = "kernels need", OLDEST_GPU
-    if cache_dtype == FLOAT8:
-        what, oldest = f"a {FLOAT8} cache needs", OLDEST_FLOAT8_GPU
-    if architecture >= oldest:
-        return None
-    need, got = ("{}.{}".format(*divmod(capability, 10)) for capability in (oldest, architecture))
-    return f"{what} a GPU of compute capability {need} or later, got {got}"
 
 
 def rank(op: str, name: str, tensor: Tensor, dims: str) -> None:
@@ -169,7 +146,7 @@ def heads(op: str, q_heads: int, kv_heads: int, head_dim: int) -> None:
 
 def no_gradient(op: str, **tensors: Tensor) -> None:
     """The cache operators have none: better an error than gradients that are missing without a word."""
-    _runtime.refuse_tangents(op, *tensors.values())
+    _operator.refuse_tangents(op, *tensors.values())
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if tensor.requires_grad:

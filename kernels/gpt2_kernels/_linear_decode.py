@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, _overlap, _runtime
+from gpt2_kernels import _check, _overlap
 from gpt2_kernels._gelu import gelu
+from gpt2_kernels._launch import launch, tickets
 from gpt2_kernels._overlap import prefetch, wait
-from gpt2_kernels._runtime import launch, tl, triton
+from gpt2_kernels._runtime import tl, triton
 
 # (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Compiled
 # without spills (benchmarks.compile_report) but for two instructions of 64 splits on sm_100; not yet timed on a GPU.
@@ -165,7 +166,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     several: tuple[Any, Any] = (None, None)
     if splits > 1:
         parts = torch.empty((splits, M, N), dtype=torch.float32, device=x.device)
-        several = parts, _runtime.tickets(tiles, x.device)
+        several = parts, tickets(tiles, x.device)
     launch(
         linear_decode_kernel,
         (tiles, splits),

@@ -28,10 +28,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, _overlap, _runtime
+from gpt2_kernels import _check, _overlap
 from gpt2_kernels._float8 import to_float8
+from gpt2_kernels._launch import launch, tickets
 from gpt2_kernels._overlap import wait
-from gpt2_kernels._runtime import launch, tl, triton
+from gpt2_kernels._runtime import tl, triton
 
 # (compute capability from, element size, head dimension up to) -> (SPLIT, BLOCK_N, warps, stages). Compiled for sm_80,
 # sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a GPU. The first table is for heads that
@@ -355,7 +356,7 @@ def decode(
         k_scale,
         v_scale,
         parts,
-        _runtime.tickets(S * groups, q.device),
+        tickets(S * groups, q.device),
         out,
         *q.stride()[:2],
         *((0, 0, 0, 0) if fresh is None else (*fresh[0].stride()[:2], *fresh[1].stride()[:2])),

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from gpt2_kernels import _check, reference
 from gpt2_kernels._attention import dropout_keep, key_range, tile, variant
-from gpt2_kernels._runtime import launch, register, tl, triton
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import register
+from gpt2_kernels._runtime import tl, triton
 
 # (compute capability from, element size, head dimension up to) -> (BLOCK_M queries, BLOCK_N keys, warps, stages).
 # Nothing spills in any case of benchmarks.compile_report; not yet timed on a GPU.

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, reference
-from gpt2_kernels._runtime import autocast, launch, register, tl, triton
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import autocast, register
+from gpt2_kernels._runtime import tl, triton
 
 # With top_m, at most this many probabilities exist at once (more only where a single row is longer): 16 MiB, and 32 MiB
 # for the same beside their keys.

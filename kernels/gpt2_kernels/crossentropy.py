@@ -28,7 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, _crossentropy_cpu
 from gpt2_kernels._crossentropy_cpu import chunk_rows, outputs
-from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import autocast, distinct, register
+from gpt2_kernels._runtime import accumulator, statistics_dtype, tl, triton
 
 MAX_VOCABULARY = 2**30  # columns are counted in int32
 ROW_MULTIPLE = 64  # logits of a chunk start on 128 bytes: the products ask for 16, and write whole cache lines

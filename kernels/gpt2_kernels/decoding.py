@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, _native, _overlap, _runtime, reference
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import register
 from gpt2_kernels._overlap import wait
-from gpt2_kernels._runtime import launch, register, tl, triton
+from gpt2_kernels._runtime import tl, triton
 
 BLOCK = 256  # texts at a time: enough for the batches there are, and the launch is all the time it takes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import gpt2_kernels
-from gpt2_kernels import _native, _runtime
+from gpt2_kernels import _native, _operator, _runtime
 
 OTHERS = ("transformers", "flash-attn", "tiktoken", "safetensors", "numpy")
 
@@ -52,9 +52,9 @@ def report() -> str:
         lines.append(f"Triton's cache {_runtime.triton.knobs.cache.dir}")
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("TRITON_", "TORCHINDUCTOR_", "CUDA_"))}
     lines.append(f"environment    {', '.join(f'{k}={v}' for k, v in settings.items()) or 'nothing set'}")
-    width = max(map(len, _runtime.OPS))
-    for op in sorted(_runtime.OPS):
-        paths = ", ".join(f"{device}: {_runtime.path_of(op, device)}" for device in devices)
+    width = max(map(len, _operator.OPS))
+    for op in sorted(_operator.OPS):
+        paths = ", ".join(f"{device}: {_operator.path_of(op, device)}" for device in devices)
         lines.append(f"  {op:{width}}  {paths}")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_kernels import _check, _runtime, gemm
+from gpt2_kernels import _check, _operator, gemm
 from gpt2_kernels.dropin import Fused, recognise
 
 # What PyTorch calls where one of our operators could have been: the part of its name, and ours.
@@ -39,8 +39,8 @@ def explain(model_or_op: nn.Module | Callable[..., Any] | str, *args: Any, **kwa
     name = model_or_op if isinstance(model_or_op, str) else getattr(model_or_op, "__name__", repr(model_or_op))
     if name in _WRAPPERS:
         head = [f"{name}: {_WRAPPERS[name]} under another signature"]
-    elif name not in _runtime.OPS:
-        _check.fail("explain", f"an operator must be one of {sorted({*_runtime.OPS, *_WRAPPERS})}", repr(name))
+    elif name not in _operator.OPS:
+        _check.fail("explain", f"an operator must be one of {sorted({*_operator.OPS, *_WRAPPERS})}", repr(name))
     else:
         devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
         head = [f"{name} on {device}: {_path(name, device)}" for device in devices]
@@ -56,10 +56,8 @@ _WRAPPERS = dict.fromkeys(("scaled_dot_product_attention", "attention_varlen", "
 
 
 def _path(op: str, device: str) -> str:
-    path = _runtime.path_of(op, device)
-    if path == "Triton kernel" and (refusal := _check.gpu_refusal()):
-        return f"none: {refusal}"
-    if op in ("linear", "linear_backward", "gelu_mlp") and device == "cuda":
+    path = _operator.path_of(op, device)
+    if op in ("linear", "linear_backward", "gelu_mlp") and path == "Triton kernel":
         plain = [f"{8 * size} bits" for (size, what), who in gemm.FASTER.items() if what == "plain" and who == "torch"]
         fused = [f"{8 * size} bits" for (size, what), who in gemm.FASTER.items() if what == "fused" and who == "torch"]
         path += f"; with batch_invariant=False cuBLAS for plain products of {' and '.join(plain)}"
@@ -76,7 +74,7 @@ def _of_model(model: nn.Module) -> list[str]:
     rows: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         if isinstance(module, Fused):
-            ops = [op for op in sorted(_runtime.OPS, key=len, reverse=True) if op in module.by]
+            ops = [op for op in sorted(_operator.OPS, key=len, reverse=True) if op in module.by]
             rows.append((name, f"{module.by}: {_path(ops[0], device)}" if ops else module.by))
             continue
         found = recognise(module, model, proofs)

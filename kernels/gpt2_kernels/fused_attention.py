@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, reference
 from gpt2_kernels._attention import dropout_keep, key_range, tile, variant
-from gpt2_kernels._runtime import autocast, distinct, launch, register, statistics_dtype, tl, triton
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import autocast, distinct, register
+from gpt2_kernels._runtime import statistics_dtype, tl, triton
 
 LOG2_E = 1.4426950408889634
 

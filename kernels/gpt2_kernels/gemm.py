@@ -27,7 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, _linear_decode, _native, _runtime, reference
 from gpt2_kernels._gelu import gelu, gelu_derivative
-from gpt2_kernels._runtime import OPS, accumulator, autocast, distinct, launch, register, tl, triton
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import OPS, autocast, distinct, register
+from gpt2_kernels._runtime import accumulator, tl, triton
 
 # (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Nothing
 # spills in any case of benchmarks.compile_report, rows that start at odd addresses may; not yet timed on a GPU.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, _native, _runtime, reference
-from gpt2_kernels._runtime import register
+from gpt2_kernels._operator import register
 
 MAX_K = 65536  # the sums of more products might not fit in 32 bits
 

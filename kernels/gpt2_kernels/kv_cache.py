@@ -13,7 +13,9 @@ from torch import Tensor
 
 from gpt2_kernels import _check, _native, _runtime, reference
 from gpt2_kernels._float8 import to_float8
-from gpt2_kernels._runtime import launch, register, tl, triton
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import register
+from gpt2_kernels._runtime import tl, triton
 
 
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots_ptr"])

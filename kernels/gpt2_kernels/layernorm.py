@@ -36,8 +36,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2_kernels import _check, _native, _overlap, _runtime, reference
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import autocast, distinct, register
 from gpt2_kernels._overlap import wait
-from gpt2_kernels._runtime import accumulator, autocast, distinct, launch, register, statistics_dtype, tl, triton
+from gpt2_kernels._runtime import accumulator, statistics_dtype, tl, triton
 
 MAX_WIDTH = 16384  # one row lies in the registers of one program
 

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_kernels import _check, _native, _paged_decode, _runtime, reference
-from gpt2_kernels._runtime import launch, register, tl, triton
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import register
+from gpt2_kernels._runtime import tl, triton
 
 LOG2_E = 1.4426950408889634
 

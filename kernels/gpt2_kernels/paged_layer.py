@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt2_kernels import _check, _native, _runtime
-from gpt2_kernels._runtime import register
+from gpt2_kernels import _check, _native, _operator, _runtime
+from gpt2_kernels._operator import register
 
 OP = "paged_layer_"
 WEIGHTS = "weight and bias of ln_1, c_attn, attn.c_proj, ln_2, c_fc and mlp.c_proj"
@@ -100,7 +100,7 @@ def paged_layer_(
         if torch.is_autocast_enabled("cpu"):
             what += ", under autocast"
         rule = "needs the products of a CPU to be compiled C++"
-        _check.fail(OP, f"{rule} (`linear` is {_runtime.path_of('linear', 'cpu', x.dtype)} here)", what)
+        _check.fail(OP, f"{rule} (`linear` is {_operator.path_of('linear', 'cpu', x.dtype)} here)", what)
     if activation not in ("gelu", "gelu_tanh"):
         _check.fail(OP, "activation must be 'gelu' or 'gelu_tanh'", repr(activation))
     if len(weights) != 12:

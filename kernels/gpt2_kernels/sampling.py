@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 
 from gpt2_kernels import _check, _native, _overlap, _runtime, reference
+from gpt2_kernels._launch import launch
+from gpt2_kernels._operator import register
 from gpt2_kernels._overlap import wait
-from gpt2_kernels._runtime import launch, register, tl, triton
+from gpt2_kernels._runtime import tl, triton
 from gpt2_kernels._thresholds import find_border, key_of, load_tile, reaching, scores_of, tile_places, value_of
 
 MAX_PASSES = 32  # so many likeliest tokens are found by a pass over the row for each; more of them by a stable sort

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_kernels import _check
-from gpt2_kernels._runtime import autocast
+from gpt2_kernels._operator import autocast
 from gpt2_kernels.fused_attention import attention
 
 OP = "scaled_dot_product_attention"
