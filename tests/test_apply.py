@@ -21,7 +21,7 @@ from test_structure import run
 from torch import Tensor, nn
 
 import gpt2_kernels
-from gpt2_kernels.dropin import Fused
+from gpt2_kernels._fused import Fused
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)  # float32, sums in another order
 

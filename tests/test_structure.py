@@ -17,7 +17,7 @@ FOUNDATION = (
     "_crossentropy_cpu", "_linear_decode", "_overlap", "_paged_decode", "reference",
 )  # fmt: skip
 WRAPPERS = ("sdpa", "modules")  # no kernels of their own: they import the operator files
-TOOLS = ("_trial", "dropin", "explanation", "env_report", "warmup")  # on top of both
+TOOLS = ("_trial", "_fused", "dropin", "explanation", "env_report", "warmup")  # on top of both
 OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDATION, *WRAPPERS, *TOOLS, "__init__"))
 
 # Each may import those before it, and nothing else of the package.

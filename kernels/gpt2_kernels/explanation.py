@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_kernels import _check, _operator, gemm
-from gpt2_kernels.dropin import Fused, recognise
+from gpt2_kernels._fused import Fused
+from gpt2_kernels.dropin import recognise
 
 # What PyTorch calls where one of our operators could have been: the part of its name, and ours.
 _OURS_INSTEAD = {

@@ -40,7 +40,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _active_collector  # which outputs the caller asked for
 
 from gpt2_kernels import _check
-from gpt2_kernels.dropin import MAX_HEAD_DIM, Fused, gelu_product, plain
+from gpt2_kernels._fused import MAX_HEAD_DIM, Fused, gelu_product, plain
 from gpt2_kernels.fused_attention import attention, attention_varlen
 
 NAME = "gpt2_kernels"
