@@ -3,15 +3,15 @@
     IN.jsonl             {"id": "a", "prompt": "Once upon a time", "max_tokens": 20, "seed": 7}
     OUT.jsonl            {"id": "a", "prompt_tokens": [..], "outputs": [{"text": "..", "tokens": [..], ..}]}
     OUT.errors.jsonl     {"line": 2, "id": "b", "error": "SamplingParams: top_p must be .."}
-    OUT.manifest.json    what decides the results: input, model, parameters, seed, versions
+    OUT.manifest.json    what determines the results: input, model, parameters, seed, versions
 
-A line holds a prompt (text, or token ids) and any field of SamplingParams; a missing id is the line's number, and the
-first line with an id has it, good or bad. Results are written as they finish, in any order, and hold nothing but what
-input, model and parameters decide. So a run that was killed goes on where it stopped: what has a result or an error is
-passed over, a torn last line is cut off, and sorted by id the file ends as it would have without the kill. What SIGKILL
-needs of the disk is said at `gpt2.batch_files.Journal`.
+A line holds a prompt (text, or token ids) and any fields of SamplingParams. A missing id defaults to the line's number;
+an id belongs to the first line that has it, good or bad. Results are written as they finish, in any order, and hold
+only what input, model and parameters determine. So a killed run resumes where it stopped: lines with a result or an
+error are skipped, a torn last line is cut off, and the finished file, sorted by id, is what it would have been without
+the kill. `gpt2.batch_files.Journal` says what survives SIGKILL.
 
-Of a line that has been dealt with, 16 bytes stay in memory, a hash of its id, in about a hundred bytes of Python's.
+Each line handled leaves a 16-byte hash of its id in memory, about a hundred bytes with Python's overhead.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)}
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A line of the input that is to be answered."""
+    """A line of the input to be answered."""
 
     line: int
     id: str | int
@@ -79,7 +79,7 @@ def batch(options: argparse.Namespace) -> None:
         "model_sha256": _model_digest(options.model),
         "dtype": options.dtype or str(model.dtype).removeprefix("torch."),
         "parameters": {key: value for key, value in dataclasses.asdict(defaults).items() if key != "seed"},
-        "seed": options.seed,  # None is any that an earlier run has drawn
+        "seed": options.seed,  # None accepts any that an earlier run has drawn
         **_environment(model),
     }
     try:
@@ -94,14 +94,14 @@ def batch(options: argparse.Namespace) -> None:
 
 
 class Job:
-    """What the input asks and the output does not hold yet."""
+    """The lines of the input that the output does not answer yet."""
 
     def __init__(self, source: Path, results: Journal, errors: Journal, seed: int) -> None:
         self._input = source
         self._results = results
         self._errors = errors
         self._seed = seed
-        self._done = {_key(value) for value in results.values("id")}  # and not met in the input yet
+        self._done = {_key(value) for value in results.values("id")}  # not met in the input yet
         self._reported = set(errors.values("line"))
         self._seen: set[bytes] = set()  # ids of the lines so far
 
@@ -111,7 +111,7 @@ class Job:
         return len(self._reported)
 
     def answer(self, engine: Engine, defaults: SamplingParams, bar: Any, *, ahead: int) -> None:
-        """Answer all that is unanswered, with about `ahead` samples in the engine's hands at any time."""
+        """Answer all unanswered lines, with about `ahead` samples queued in the engine at any time."""
         items = self._items(defaults, bar)
         waiting: dict[int, Item] = {}
         samples = 0
@@ -140,7 +140,7 @@ class Job:
             bar.update(len(completions))
 
     def _items(self, defaults: SamplingParams, bar: Any) -> Iterator[Item]:
-        """Lines without a result, read as they are asked for. Bad ones are reported on the way."""
+        """Lines without a result, read lazily. Bad ones are reported on the way."""
         with open(self._input, "rb") as file:
             for number, line in enumerate(read_lines(file), 1):
                 if not line.strip():
@@ -165,7 +165,7 @@ class Job:
                     yield item
 
     def _report(self, line: int, name: str | int | None, error: str, bar: Any) -> None:
-        """Write what is wrong with a line, unless an earlier run has."""
+        """Write what is wrong with a line, unless an earlier run has done so."""
         _pass_over(bar)
         if line in self._reported:
             return
@@ -183,7 +183,7 @@ def _id(content: dict[str, Any], number: int) -> str | int:
 
 
 def _key(name: str | int) -> bytes:
-    """What is remembered of an id: 1 and "1" are two."""
+    """What is remembered of an id; 1 and "1" are different ids."""
     return hashlib.blake2b(json.dumps(name).encode(), digest_size=16).digest()
 
 
@@ -203,7 +203,7 @@ def _item(line: int, name: str | int, content: dict[str, Any], defaults: Samplin
 
 
 def _line_seed(seed: int, line: int) -> int:
-    """The seed of a line that names none: 63 bits of a hash, so that neighbours share nothing."""
+    """The seed of a line that sets none: 63 bits of a hash, so that the seeds of neighbours are unrelated."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {line}".encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -216,7 +216,7 @@ def _record(name: str | int, completion: Completion) -> dict[str, Any]:
     return {"id": name, "prompt_tokens": completion.prompt_tokens, "outputs": outputs}
 
 
-# -- what decides the results
+# -- what determines the results
 
 
 def _model_digest(name: str) -> str:
@@ -255,9 +255,9 @@ def _environment(model: GPT2) -> dict[str, Any]:
 def _cache_blocks(model: GPT2, max_batch: int) -> int | None:
     """Blocks of the engine's cache; None lets the engine take what a GPU has free.
 
-    In a long run every block of a cache is used sooner or later, so on a CPU, where its memory is everybody's, it is
-    as large as the weights: a step of decoding then reads as much of the one as of the other, and a larger batch gains
-    little. Small models have 256 MiB.
+    In a long run every block of a cache is used sooner or later, so on a CPU, whose memory is shared with everything
+    else, it is as large as the weights: a decoding step then reads as much of one as of the other, and a larger batch
+    gains little. Small models get 256 MiB.
     """
     if model.device.type != "cpu":
         return None
@@ -270,11 +270,11 @@ def _cache_blocks(model: GPT2, max_batch: int) -> int | None:
     return max(longest, min(wanted, max_batch * longest))
 
 
-# -- what is said meanwhile
+# -- progress and messages
 
 
 def _progress(lines: int) -> Any:
-    """A bar that counts lines; those that need no work do not enter its rate."""
+    """A bar that counts lines; those that need no work are left out of its rate."""
     from tqdm import tqdm
     from tqdm.utils import ObjectWrapper
 
@@ -304,7 +304,7 @@ def _pass_over(bar: Any) -> None:
 
 
 def _say(text: str, end: str = "\n") -> None:
-    """Text to stderr. A job outlives its listener: where nobody reads any more, nothing more is said."""
+    """Text to stderr. A job outlives its reader: once nobody reads stderr, nothing more is written."""
     if sys.stderr is None:
         return
     try:

@@ -24,8 +24,8 @@ NOT_COMPARED = ("input", "model")  # names in a manifest, for people: the hashes
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file, one at a time, without their newline.
 
-    A byte-order mark before the first is dropped. Of a line beyond MAX_LINE bytes only the first MAX_LINE + 1 are kept,
-    so that memory does not depend on what the file holds.
+    A byte-order mark before the first is dropped. Of a line longer than MAX_LINE bytes only the first MAX_LINE + 1 are
+    kept, so that memory use does not depend on the file's contents.
     """
     mark = b"\xef\xbb\xbf"
     while line := file.readline(MAX_LINE + 1):
@@ -67,12 +67,12 @@ def digest_and_lines(path: Path) -> tuple[str, int]:
 class Journal:
     """A file of JSON objects that one process appends to, one object a line.
 
-    What `append` has handed to the kernel outlives the process, whatever ends it: SIGKILL takes no page out of the page
-    cache. So no record waits in a buffer of ours, none is forced to the disk with fsync, and all that a kill can leave
-    is one last line without its newline, which `repair` cuts off. A loss of power can take the last seconds as well.
-    Closing calls fsync once: only then do some file systems say that the disk was full.
+    What `append` has handed to the kernel outlives the process, whatever ends it: SIGKILL does not touch the page
+    cache. So records are neither buffered here nor forced to disk with fsync, and a kill can leave at most one last
+    line without its newline, which `repair` cuts off. A power failure can also lose the last seconds. Closing calls
+    fsync once: some file systems report a full disk only then.
 
-    create=False makes the file with its first record. Raises ValueError where another process is writing to the file.
+    create=False creates the file with its first record. Raises ValueError if another process is writing to the file.
     """
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
@@ -122,7 +122,7 @@ class Journal:
         self.size = end
 
     def values(self, key: str) -> Iterator[Any]:
-        """What each record has under `key`. Raises ValueError where a line is no such record."""
+        """The value of `key` in each record. Raises ValueError if a line is not such a record."""
         if self._file is None:
             return
         with open(self.path, "rb") as file:
@@ -139,7 +139,7 @@ class Journal:
         """Write a record: all of it or, where that fails, nothing."""
         if self._file is None:
             self._file = self._open()
-        line = json.dumps(record).encode() + b"\n"  # ASCII: no reader takes a character of a text for the end of a line
+        line = json.dumps(record).encode() + b"\n"  # ASCII: no reader mistakes a character of a text for a line end
         try:
             rest = line
             while rest:
@@ -156,7 +156,7 @@ class Journal:
 class Files:
     """The files of a job, checked before any work.
 
-    Raises ValueError where the output could not be resumed (a pipe), is the input, or is there and not of this command.
+    Raises ValueError if the output could not be resumed (a pipe), is the input, or exists but is not this command's.
     """
 
     def __init__(self, source: str, output: str) -> None:
@@ -187,10 +187,10 @@ class Files:
 
     @contextlib.contextmanager
     def begin(self, manifest: dict[str, Any]) -> Iterator[tuple[Journal, Journal, int]]:
-        """Begin the job that a manifest describes, or go on with it: (results, errors, seed), open in the context.
+        """Begin or resume the job that a manifest describes: (results, errors, seed), open within the context.
 
-        Raises ValueError where another job was begun here. The lock on the output is taken first and the manifest
-        appears in one piece, so that at any moment nothing has been written or the whole manifest is there.
+        Raises ValueError if another job was begun here. The lock on the output is taken first and the manifest appears
+        atomically, so that at any moment either nothing has been written or the whole manifest is there.
         """
         with Journal(self.output) as results:
             self._refuse_strangers()
@@ -209,7 +209,7 @@ class Files:
 
 
 def _compare(path: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the run that was begun; ValueError names all in which the new one differs."""
+    """The manifest of the run that was begun; ValueError names everything in which the new one differs."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(old, dict) or not isinstance(old.get("seed"), int):

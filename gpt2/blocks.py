@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 
 def chain_hashes(tokens: Sequence[int], block_size: int) -> list[bytes]:
-    """One hash for each full block of `tokens`, of that block and all before it: equal hashes, equal prefixes."""
+    """One hash per full block of `tokens`, over that block and all before it: equal hashes mean equal prefixes."""
     hashes: list[bytes] = []
     digest = b""
     for first in range(0, len(tokens) - block_size + 1, block_size):
@@ -24,17 +24,17 @@ class BlockPool:
 
     Invariants, which `check` asserts:
     - A block is held (at least one reference) or free (none), never both.
-    - A published block keeps its contents and its hash while it is held, and after that until it is taken again.
+    - A published block keeps its contents and its hash while it is held, and then until it is allocated again.
     - A hash names at most one block, and a block has at most one hash.
-    - Free blocks without a hash are taken first, the last freed before all: little memory is touched while that is
-      enough. Then those with a hash, the first freed before all (LRU).
+    - Free blocks without a hash are allocated first, the most recently freed one first, so that little memory is
+      touched while they last; then those with a hash, the least recently freed one first (LRU).
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._references = [0] * num_blocks
-        # Free blocks, in the order in which they became free: those of worthless contents, those known by a hash.
+        # Free blocks in the order they were freed: those without useful contents, and those known by a hash.
         self._plain: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(num_blocks)))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
@@ -42,11 +42,11 @@ class BlockPool:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody holds; those that still keep a known text count too."""
+        """Blocks that nobody holds, including those that still cache a known text."""
         return len(self._plain) + len(self._cached)
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest known prefix. They are not held yet: see `hold`."""
+        """The blocks of the longest known prefix. They are not held yet: see `hold`."""
         blocks = []
         for digest in hashes:
             block = self._block_of.get(digest)
@@ -56,7 +56,7 @@ class BlockPool:
         return blocks
 
     def available(self, keep: Iterable[int] = ()) -> int:
-        """Blocks that `allocate` can give once the blocks of `keep` are held."""
+        """Blocks that `allocate` can return once the blocks of `keep` are held."""
         return self.free_blocks - sum(self._references[b] == 0 for b in keep)
 
     def hold(self, blocks: Iterable[int]) -> None:
@@ -68,7 +68,7 @@ class BlockPool:
             self._references[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free blocks, each with one reference. Raises RuntimeError where there are fewer."""
+        """Take `count` free blocks, each with one reference. Raises RuntimeError if there are fewer."""
         if count > self.free_blocks:
             raise RuntimeError(f"BlockPool: {count} blocks were asked for and {self.free_blocks} are free")
         blocks = []
@@ -83,13 +83,13 @@ class BlockPool:
         return blocks
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Say what a held block now holds. The first block published under a hash keeps it."""
+        """Register the contents of a held block by hash. The first block published under a hash keeps it."""
         if digest not in self._block_of and block not in self._hash_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Take a reference from each block; the last of `blocks` is given away first, so that prefixes stay longest."""
+        """Drop a reference to each block, the last one first, so that cached prefixes stay longest."""
         for block in reversed(list(blocks)):
             self._references[block] -= 1
             if self._references[block] == 0:

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 FLOAT8 = torch.float8_e4m3fn
 CALIBRATION_TOKENS = 256
-HEADROOM = 2.0  # how far above the largest value of the calibration an fp8 cache still reaches
+HEADROOM = 2.0  # largest value an fp8 cache can hold, relative to the largest one seen in calibration
 
 
 class PagedCache:
     """Keys and values of all layers in num_blocks blocks of block_size tokens.
 
-    dtype is the model's, or float8_e4m3fn with a scale for each layer's heads: half of the bytes of bfloat16.
-    num_blocks=None takes as many as free memory holds, at most those that max_batch texts of full length fill. Where
-    processes share the model, it is the free memory of the one that has room for the fewest.
+    dtype is the model's, or float8_e4m3fn with a scale for each head of each layer: half the bytes of bfloat16.
+    num_blocks=None takes as many as fit in free memory, but no more than max_batch texts of full length fill. If
+    processes share the model, the one with room for the fewest blocks decides.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class PagedCache:
         self.block_size = block_size
         self.bytes = num_blocks * bytes_a_block
         scales = _calibrate(model) if dtype == FLOAT8 else [(None, None)] * config.n_layer
-        # A head's rows lie side by side. Not filled: a slot is written before it is read, and untouched pages cost a
-        # CPU no memory.
+        # A head's rows in a block are contiguous. Not initialised: a slot is written before it is read, and untouched
+        # pages cost a CPU no memory.
         shape = (config.n_layer, 2, num_blocks, model.cache_heads, block_size, config.head_dim)
         storage = torch.empty(shape, dtype=dtype, device=model.device)
-        self._bytes = storage.view(torch.uint8)  # contents to be moved, whatever they mean
-        # Memory once pinned stays pinned, and all programs of the computer have that much less.
+        self._bytes = storage.view(torch.uint8)  # for moving contents, whatever their type
+        # Memory once pinned stays pinned, which leaves that much less for every program on the machine.
         self._most_pinned = int(_free_memory(torch.device("cpu"))) if on_gpu else 0
         self.layers = [
             LayerCache(kv[0].transpose(1, 2), kv[1].transpose(1, 2), *of_layer) for kv, of_layer in zip(storage, scales)
@@ -63,10 +63,10 @@ class PagedCache:
         self._bytes.index_copy_(2, target, self._bytes.index_select(2, source))
 
     def save(self, blocks: list[int], held: Iterable[Tensor]) -> Tensor:
-        """The contents of blocks, in host memory once the device has come so far; `held` is what it returned before.
+        """A copy of blocks in host memory, complete once the device gets there; `held`: earlier copies still kept.
 
-        It is pinned memory, to which the device copies while both go on, as long as there is enough; past that the host
-        waits for a copy to memory of the ordinary kind.
+        It is copied asynchronously to pinned memory as long as there is enough; beyond that, the host waits for a copy
+        to pageable memory.
         """
         found = self._bytes.index_select(2, self._indices(blocks))
         if found.device.type == "cpu":
@@ -78,7 +78,7 @@ class PagedCache:
         """Fill blocks with what `save` returned, from index `first` on."""
         blocks = blocks[first : contents.shape[2]]
         if blocks:
-            there = contents.to(self._bytes.device, non_blocking=True)  # whole: only dense memory goes without a wait
+            there = contents.to(self._bytes.device, non_blocking=True)  # whole: only dense memory copies without a wait
             self._bytes.index_copy_(2, self._indices(blocks), there[:, :, first:])
 
     def _indices(self, values: list) -> Tensor:
@@ -86,9 +86,9 @@ class PagedCache:
 
 
 def to_host(tensor: Tensor, most_pinned: int) -> Tensor:
-    """A copy in pinned memory, there once the device has come so far; else in pageable memory, and there at once.
+    """A copy in pinned memory, complete once the device gets there, or in pageable memory, complete on return.
 
-    Pageable where it would take more than most_pinned bytes, or the system pins no more.
+    Pageable if it would take more than most_pinned bytes, or if the system pins no more.
     """
     if _pinned_bytes(tensor) <= most_pinned:
         try:
@@ -101,12 +101,12 @@ def to_host(tensor: Tensor, most_pinned: int) -> Tensor:
 
 
 def _pinned_bytes(tensor: Tensor) -> int:
-    """What PyTorch takes for such a tensor in pinned memory: a power of two."""
+    """Bytes of pinned memory that PyTorch takes for such a tensor: a power of two."""
     return 1 << (tensor.nbytes - 1).bit_length()
 
 
 def agree(model: GPT2, value: int) -> int:
-    """One value in all processes that share the model, where each has its own: the least."""
+    """The least of the values given by the processes that share the model, the same in all of them."""
     if model.cache_heads == model.config.n_head:
         return value  # nobody shares it
 
@@ -128,9 +128,9 @@ def upload(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _calibrate(model: GPT2) -> list[tuple[Tensor, Tensor]]:
-    """Scales (H,) float32 of each layer's keys and values, a function of the weights alone.
+    """Scales (H,) float32 of each layer's keys and values, which depend on the weights alone.
 
-    From the largest values over one text of random tokens, the same for every model of this vocabulary.
+    They come from the largest values over one text of random tokens, the same for every model with this vocabulary.
     """
     config = model.config
     length = min(CALIBRATION_TOKENS, config.n_positions)
@@ -161,9 +161,9 @@ def _calibrate(model: GPT2) -> list[tuple[Tensor, Tensor]]:
 
 
 def _free_memory(device: torch.device) -> float:
-    """Bytes that the cache may take: most of what a GPU has free, or a third of what a computer has."""
+    """Bytes that the cache may take: most of what a GPU has free, or a third of what the host has."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what PyTorch keeps of tensors that are gone, an earlier engine's, is free too
+        torch.cuda.empty_cache()  # what PyTorch holds for freed tensors, an earlier engine's say, is free too
         return 0.85 * torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are either complete or absent.
 
     RUN/checkpoints/step-00000100/   a Hugging Face folder: config.json, model.safetensors (float32), tokenizer
         optimizer.pt                 optimizer and random state
         state.json                   step, validation loss, what the run was, SHA-256 of every other file
 
-A folder is written beside its place, synced to the disk and renamed into it: a process or machine that dies leaves the
-checkpoints before it whole. What a file system damages afterwards is found by the digests, and the checkpoint before it
-is taken.
+A folder is written beside its final place, synced to disk and renamed into it: a process or machine that dies leaves
+the earlier checkpoints intact. Later damage by a file system is found by the digests, and the checkpoint before the
+damaged one is used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FORM: dict[str, type | tuple[type, ...]] = {  # of state.json, which no digest 
 def save(folder: Path, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
     """Make the checkpoint of `step`: `write` puts files into an empty folder, `state` goes beside them.
 
-    Raises OSError, naming the newest checkpoint that is there, where they could not be written.
+    Raises OSError, naming the newest checkpoint that is there, if they could not be written.
     """
     target, draft = folder / f"step-{step:08d}", folder / f".draft-{step:08d}"
     try:
@@ -49,7 +49,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None], state: dict[str
         (draft / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for path in (*files, draft / _STATE, draft):
             _sync(path)
-        if target.exists():  # damaged, or a run's that began anew
+        if target.exists():  # damaged, or from before the run began anew
             shutil.rmtree(target)
         draft.rename(target)
         _sync(folder)
@@ -57,7 +57,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None], state: dict[str
         OSError,
         RuntimeError,
         SafetensorError,
-    ) as e:  # torch and safetensors have errors of their own for a full disk
+    ) as e:  # torch and safetensors raise their own errors for a full disk
         shutil.rmtree(draft, ignore_errors=True)
         why = f"the checkpoint of step {step} could not be written to {target} ({e})"
         raise OSError(f"{why}; {last_good(folder)}") from e
@@ -70,13 +70,13 @@ def steps(folder: Path) -> list[str]:
 
 
 def last_good(folder: Path) -> str:
-    """Half a sentence for errors: where a run can go on from."""
+    """A clause for error messages: where a run can resume from."""
     last = steps(folder)
     return f"the last good checkpoint is {folder / last[-1]}" if last else "there is no checkpoint yet"
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; `report` is told of each that is not."""
+    """The newest intact checkpoint, and its state; `report` is told of each damaged one."""
     for name in reversed(steps(folder)):
         try:
             return folder / name, _verified(folder / name)
@@ -86,7 +86,7 @@ def newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, dict[str,
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and the best, and what interrupted writing left."""
+    """Remove all checkpoints but the `keep` newest and the best, and the drafts of interrupted writes."""
     names = steps(folder)
     best = best_step(folder)
     for name in names[:-keep]:
@@ -97,7 +97,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def best_step(folder: Path) -> tuple[str, float] | None:
-    """Name and validation loss of the checkpoint with the lowest; None where none was validated."""
+    """Name and validation loss of the checkpoint with the lowest loss; None if none was validated."""
     losses = []
     for name in steps(folder):
         with contextlib.suppress(ValueError):
@@ -108,7 +108,7 @@ def best_step(folder: Path) -> tuple[str, float] | None:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """What `save` wrote beside the files of a checkpoint. Raises ValueError where it is not that."""
+    """The state that `save` wrote beside the files of a checkpoint. Raises ValueError if it is damaged."""
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         if all(isinstance(state[key], kind) for key, kind in _FORM.items()) and state["sha256"]:

@@ -1,7 +1,7 @@
-"""The command `gpt2`: which command runs, and what becomes of its errors.
+"""The command `gpt2`: runs a subcommand and reports its errors.
 
-Text goes to stdout and nothing else does. A mistake of the user's is one line on stderr and exit status 2; Ctrl-C ends
-with 130, a reader that leaves early with 141.
+Only text goes to stdout. A user's mistake is one line on stderr and exit status 2; Ctrl-C exits with 130, a reader that
+leaves early with 141.
 """
 
 from __future__ import annotations

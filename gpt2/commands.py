@@ -1,6 +1,6 @@
 """What `gpt2 generate`, `next`, `train` and `info` do.
 
-PyTorch, which takes seconds to import, is asked for once all options have been checked.
+PyTorch, which takes seconds to import, is imported only once all options have been checked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _prompt(text: str) -> str:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, tiktoken.Encoding]:
-    """The model and its tokenizer. torch is imported here: `--help` and bad options answer at once."""
+    """The model and its tokenizer. torch is imported here, so that `--help` and bad options are answered at once."""
     preset_or_folder(options.model, "--model")
     _check_device(options.device)
 
@@ -61,7 +61,7 @@ def _check_device(device: str | None) -> None:
 
 
 def sampling_params(options: argparse.Namespace, **others: Any) -> SamplingParams:
-    """The parameters that options name, and others."""
+    """SamplingParams from the command line's options, and others."""
     return SamplingParams(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -147,7 +147,7 @@ def next_tokens(options: argparse.Namespace) -> None:
 
 
 def _answers(question: str) -> Callable[[], str | None]:
-    """A function that asks a person, or reads a line where nobody sits; None at the end of the input."""
+    """A function that prompts on a terminal, or else just reads a line; None at the end of the input."""
 
     def ask() -> str | None:
         if sys.stdin.isatty():
@@ -159,7 +159,7 @@ def _answers(question: str) -> Callable[[], str | None]:
 
 
 def _visible(tokenizer: tiktoken.Encoding, token: int) -> str:
-    """A token as a quoted string; one that is only a part of a character as its bytes."""
+    """A token as a quoted string, or as its bytes if it is only part of a character."""
     content = tokenizer.decode_single_token_bytes(token)
     try:
         return repr(content.decode("utf-8"))

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Everything that decides the shape of a GPT-2 and the arithmetic of its forward pass.
+    """Everything that determines the shape of a GPT-2 and the arithmetic of its forward pass.
 
     The defaults are the 124M model of the paper (Radford et al., 2019, "Language Models are Unsupervised
     Multitask Learners"). Field names are those of a Hugging Face `config.json`.
@@ -69,7 +69,7 @@ class GPT2Config:
         return _ACTIVATIONS[self.activation_function]
 
     def attention_scale(self, layer: int) -> float:
-        """What the scores q.k of block `layer` (from 0) are multiplied by."""
+        """The factor on the scores q.k of block `layer` (counted from 0)."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
@@ -82,13 +82,13 @@ class GPT2Config:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> GPT2Config:
-        """Read `config.json` of a Hugging Face folder. Raises ValueError where it is no plain GPT-2."""
+        """Read `config.json` of a Hugging Face folder. Raises ValueError if it is not a plain GPT-2."""
         path = Path(folder) / "config.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{folder}: no config.json there, so not a model folder") from None
-        except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, too many digits; too deep
+        except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, too many digits; too deep
             raise ValueError(f"{path}: not valid JSON ({e})") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
@@ -139,17 +139,17 @@ PRESETS: dict[str, GPT2Config] = {
     "gpt2-medium": GPT2Config(n_layer=24, n_embd=1024, n_head=16),  # 355M
     "gpt2-large": GPT2Config(n_layer=36, n_embd=1280, n_head=20),  # 774M
     "gpt2-xl": GPT2Config(n_layer=48, n_embd=1600, n_head=25),  # 1.5B
-    # The one that ships in this package: GPT-2's architecture in small, with a vocabulary of its own.
+    # The one that ships with this package: GPT-2's architecture in miniature, with its own vocabulary.
     "storybook": GPT2Config(vocab_size=4096, n_layer=5, n_embd=256, n_head=4, eos_token_id=4095),
 }
 
 
 def preset_or_folder(name_or_path: str | os.PathLike[str], caller: str) -> str | Path:
-    """A preset's name, returned as it is, or the Path of a folder that is there; ValueError for anything else.
+    """A preset's name, unchanged, or the Path of an existing folder; ValueError for anything else.
 
     A preset's name wins over a folder of the same name, since a clone of this package holds a folder `gpt2`. So a
-    folder's name needs a path separator ("./gpt2", "models/mine"); a Path object is always a folder. A file `*.pt`
-    passes too: nanoGPT's checkpoint.
+    folder's name needs a path separator ("./gpt2", "models/mine"); a Path object is always a folder. A `*.pt` file,
+    nanoGPT's checkpoint, is accepted too.
     """
     if isinstance(name_or_path, str):
         name = name_or_path

@@ -1,14 +1,13 @@
-"""A text becomes a file of token numbers, once; windows of it become batches.
+"""Turns a text into a file of token ids, once, and windows of it into batches.
 
     TEXT  --tokenise-->  NAME.tokens (uint16 or uint32, memory-mapped) + NAME.json (what it was made from)
 
-The text streams through: neither it nor its tokens are ever whole in memory. It is cut where the tokenizer would cut it
-anyway, so the tokens are those of the whole. Each document is led by <|endoftext|>.
+The text is streamed: neither it nor its tokens are ever in memory as a whole. It is cut where the tokenizer would split
+it anyway, so the tokens are those of the whole. Each document begins with <|endoftext|>.
 
-The windows of one pass lie end to end around the tokens as around a ring (the last token is followed by the first,
-which is <|endoftext|>), so that each token is predicted exactly once a pass. Where they start and in which order they
-come depends on (seed, pass) alone, and so what a step sees depends on its number alone: a run's data position is its
-step.
+The windows of one pass lie end to end around the tokens, which form a ring (the last token is followed by the first,
+which is <|endoftext|>), so that each token is predicted exactly once per pass. Where they start and their order depend
+only on (seed, pass), so what a step sees depends only on its number: a run's data position is its step.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from torch import Tensor
 from gpt2.tokenizer import END_OF_TEXT
 
 IGNORED = -100  # a target that the loss leaves out
-CHARACTERS = 1 << 20  # of text that are read at a time
+CHARACTERS = 1 << 20  # of text read at a time
 _SEPARATOR = f"\n{END_OF_TEXT}\n"
-# Of documents that are empty: one line after another.
+# Empty documents: one separator line after another.
 _LEADING = re.compile(f"(?:{re.escape(END_OF_TEXT)}\n)+")
 _SEPARATORS = re.compile(f"\n{_LEADING.pattern}")
 # No word of the tokenizer's pattern spans these: a single space or line break between two characters that are neither.
@@ -41,7 +40,7 @@ _BETWEEN_WORDS = re.compile(r"\S(?: (?=\S)|\n(?=\S))")
 
 
 def text_files(data: str | Path) -> list[Path]:
-    """A file, or all *.txt of a folder and the folders in it, in the order of their names."""
+    """A file, or all *.txt of a folder and its subfolders, in the order of their names."""
     path = Path(data)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.txt") if p.is_file())
@@ -54,8 +53,8 @@ def text_files(data: str | Path) -> list[Path]:
 
 
 def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str]]:
-    """(does a document begin here, text): the documents of a file in pieces that can be tokenised by themselves."""
-    with path.open(encoding="utf-8-sig") as file:  # a byte-order mark at its start is no text
+    """(does a document begin here, text): the documents of a file in pieces that can be tokenised independently."""
+    with path.open(encoding="utf-8-sig") as file:  # a byte-order mark at its start is dropped
         text, begins, searched = "", True, 0
         while True:
             try:
@@ -71,7 +70,7 @@ def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str
                 text, begins, searched = text[lines.end() :], True, 0
             if not chunk:
                 break
-            # What might yet turn out to be a separator stays, and so does all of a text without a place to cut.
+            # What may yet become a separator is kept back, and so is all of a text without a place to cut.
             end = max(0, len(text) - len(_SEPARATOR))
             places = _BETWEEN_WORDS.finditer(text, max(0, searched - 2), end)
             last = next(iter(collections.deque(places, maxlen=1)), None)
@@ -86,10 +85,10 @@ def pieces(path: Path, characters: int = CHARACTERS) -> Iterator[tuple[bool, str
 
 
 def tokenise(data: str | Path, tokenizer: tiktoken.Encoding, folder: Path, name: str, fixed: bool) -> np.ndarray:
-    """The tokens of `data`, (N,), read from `folder`/`name`.tokens, which is made if it is not there and whole.
+    """The tokens of `data`, (N,), read from `folder`/`name`.tokens, which is made if it is missing or incomplete.
 
-    Data of other sizes, times of change or tokenizer make it anew; with `fixed`, for a run that has begun, times do not
-    count and the rest raises ValueError, as does text that is not UTF-8.
+    It is made anew if the data's sizes or modification times, or the tokenizer, have changed. With `fixed`, for a run
+    that has begun, times do not count and other changes raise ValueError, as does text that is not UTF-8.
     """
     files = text_files(data)
     dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32)
@@ -136,7 +135,7 @@ def tokenise(data: str | Path, tokenizer: tiktoken.Encoding, folder: Path, name:
 
 
 def _noted(note: Path) -> dict[str, Any]:
-    """What a note says, or nothing where it is not there or damaged: the tokens can be made again."""
+    """What a note says, or nothing if it is missing or damaged: the tokens can be made again."""
     try:
         known = json.loads(note.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
@@ -189,7 +188,7 @@ class Windows:
         return torch.from_numpy(inputs.copy()), torch.from_numpy(targets)
 
     def targets(self, first: int, size: int) -> int:
-        """How many targets of these samples count."""
+        """How many targets of these samples the loss counts."""
         return sum(self._valid(self._number(*divmod(first + row, self.count))) for row in range(size))
 
     def _window(self, number: int, position: int) -> tuple[np.ndarray, int]:
@@ -197,7 +196,7 @@ class Windows:
         assert self._pass is not None
         start = (self._pass[1] + window * self.context) % len(self.tokens)
         taken = self.tokens[start : start + self.context + 1]
-        if len(taken) <= self.context:  # round the ring
+        if len(taken) <= self.context:  # around the ring
             taken = np.concatenate([taken, self.tokens[: self.context + 1 - len(taken)]])
         return taken, self._valid(window)
 
@@ -219,7 +218,7 @@ class Windows:
 def consecutive(tokens: np.ndarray, context: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (inputs, targets) of `size` windows that predict tokens 1 .. N - 1 once each, for validation.
 
-    The last window is moved back to end with the text; a batch is filled up with windows without targets.
+    The last window is moved back to end with the text; the last batch is padded with windows without targets.
     """
     context = min(context, len(tokens) - 1)
     count = -(-(len(tokens) - 1) // context)

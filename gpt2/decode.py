@@ -1,8 +1,8 @@
-"""Decoding that lives on the device: one row of state for each text, and a step that advances all rows by one token.
+"""Decoding on the device: one row of state for each text, and a step that advances all rows by one token.
 
-A step reads the rows, runs the model, draws a token for each row and writes the rows, with nothing copied from the host
-and nothing waited for. On a GPU it is captured as a CUDA graph for each size of batch and replayed. The host changes
-rows between steps: texts join, leave and get blocks.
+A step reads the rows, runs the model, draws a token for each row and updates the rows, copying nothing from the host
+and waiting for nothing. On a GPU it is captured as one CUDA graph per batch size and replayed. The host changes rows
+between steps: texts join, leave and get blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TOKEN, POSITION, SLOT, LIMIT, END, SEED, TOP_K = range(7)  # rows of `Rows.ints`
 TEMPERATURE, TOP_P, MIN_P, PENALTY = range(4)  # rows of `Rows.floats`
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes of batch with a graph of their own; past them * 2
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # batch sizes that have a graph; past these, doubled
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class Rows:
     floats: Tensor  # (4, R) float32: sampling parameters
     contexts: Tensor  # (R,) int32, keys to attend to in the next step; 0 is idle
     table: Tensor  # (R, blocks) int32
-    history: Tensor | None  # (R, V) bool, tokens of each text, where some row penalises repetition
+    history: Tensor | None  # (R, V) bool, tokens of each text, if some row penalises repetition
 
     @staticmethod
     def of(samples: list[Sample], vocabulary: int, eos_token_id: int, width: int, device: torch.device) -> Rows:
@@ -105,7 +105,7 @@ class Rows:
         )
 
     def advance(self, drawn: Tensor, record: Tensor, count: Tensor, block_size: int) -> None:
-        """Append each row's drawn token, and idle rows that it ends; row `count` of `record` takes it."""
+        """Append each row's drawn token, idle the rows that it ends, and store it in row `count` of `record`."""
         token, position, slot, limit, end = self.ints[:5]
         ops.advance_(drawn, token, position, slot, self.contexts, limit, end, self.table, record, count, block_size)
 
@@ -113,8 +113,8 @@ class Rows:
 class Drawn:
     """Tokens (steps, n) int64 on their way to the host, -1 where a text had ended.
 
-    details, where somebody wants them: log-probabilities (steps, n), and the m likeliest tokens' ids and
-    log-probabilities (steps, n, m).
+    details, if requested: log-probabilities (steps, n), and the m likeliest tokens' ids and log-probabilities
+    (steps, n, m).
     """
 
     def __init__(self, tokens: Tensor, details: tuple[Tensor, Tensor, Tensor] | None) -> None:
@@ -126,7 +126,7 @@ class Drawn:
             self._event.record()
 
     def read(self) -> tuple[list[list[int]], list[list] | None]:
-        """For each text its tokens, and its (log-probability, ids, log-probabilities) a token; waits for the device."""
+        """Each text's tokens, and its (log-probability, ids, log-probabilities) per token; waits for the device."""
         if self._event is not None:
             self._event.synchronize()
         tokens = self._tokens.T.tolist()
@@ -143,9 +143,9 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 class Decoder:
-    """The rows of all texts that decode, and the step that advances them.
+    """The rows of all decoding texts, and the step that advances them.
 
-    samples: whose text each row is, in the order of rows; rows past them are idle.
+    samples: the sample that each row belongs to, in row order; rows past them are idle.
     """
 
     def __init__(self, model: GPT2, cache: PagedCache, *, rows: int, most_steps: int, cuda_graphs: bool) -> None:
@@ -174,11 +174,11 @@ class Decoder:
     # -- the host changes rows
 
     def new_rows(self, samples: list[Sample]) -> Rows:
-        """Rows of texts that are to join, not yet among those of the decoder."""
+        """Rows of texts about to join, not yet among the decoder's."""
         return Rows.of(samples, self.model.config.vocab_size, self.model.config.eos_token_id, self.width, self.device)
 
     def join(self, samples: list[Sample], rows: Rows, chosen: list[int] | None = None) -> None:
-        """Append the rows of texts; `chosen` are those of `rows`, all unless given."""
+        """Append the rows of `samples`; `chosen` says which of `rows` they are, by default all."""
         if rows.history is not None and self._rows.history is None:
             shape = (self._rows.contexts.shape[0], self.model.config.vocab_size)
             self._rows.history = torch.zeros(shape, dtype=torch.bool, device=self.device)
@@ -216,7 +216,7 @@ class Decoder:
         return sequence in self._row_of
 
     def grow(self, grown: list[tuple[Text, int]]) -> None:
-        """Enter the new blocks of texts: (text, index of the first of them)."""
+        """Enter texts' new blocks in the table; `grown` holds (text, index of its first new block)."""
         entries = [
             (self._row_of[s], column, s.blocks[column]) for s, first in grown for column in range(first, len(s.blocks))
         ]
@@ -227,7 +227,7 @@ class Decoder:
     # -- the device advances them
 
     def run(self, steps: int) -> Drawn:
-        """Advance every row by `steps` tokens, or to its end."""
+        """Advance every row by `steps` tokens, or until it ends."""
         n = len(self.samples)
         params = [s.request.params for s in self.samples]
         top = most_logprobs(params, self.model.config.vocab_size)
@@ -241,7 +241,7 @@ class Decoder:
             )
         rows = n if self._graphs is None else bucket(n)
         graph = None if self._graphs is None else self._graph(rows, penalties, top)
-        # Blocks may have come since the last step, and rows have gone: idle ones, which a graph has too, get no slot.
+        # Since the last step rows may have gained blocks, or left. Idle rows, which a graph has too, get no slot.
         self._rows.first(rows).place(self.cache.block_size)
         self._count.zero_()
         for _ in range(steps):
@@ -296,10 +296,10 @@ class Decoder:
     def _capture(self, n: int, penalties: bool, top: int) -> torch.cuda.CUDAGraph:
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        # One stream for all of it: a step outside the graph first, which compiles and loads every kernel and leaves
+        # All on one stream: first a step outside the graph, which compiles and loads every kernel and leaves
         # paged_attention's tickets where the graph will find them.
         stream, pool = self._stream, self._pool
-        self._stream = self._pool = None  # for good, if this fails: a capture that broke off still holds them
+        self._stream = self._pool = None  # for good, if this fails: an aborted capture still holds them
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(stream):
@@ -314,13 +314,13 @@ class Decoder:
 
 
 def most_logprobs(params: Sequence[SamplingParams], vocabulary: int) -> int:
-    """How many likeliest tokens serve all: a power of 2, so that few sizes of buffers and graphs serve every wish."""
+    """How many likeliest tokens are enough for all: a power of 2, so that few buffer sizes and graphs are needed."""
     most = max(p.logprobs for p in params)
     return min(1 << (most - 1).bit_length(), vocabulary) if most else 0
 
 
 def bucket(n: int) -> int:
-    """The smallest size of batch with a graph that holds n rows."""
+    """The smallest batch size with a graph that holds n rows."""
     for size in BUCKETS:
         if n <= size:
             return size

@@ -8,9 +8,9 @@ import gpt2_kernels as ops
 
 
 def device_of(device: str | torch.device | None, option: str) -> torch.device:
-    """The device of that name; None is the GPU where there is one that the kernels compile for, else the CPU.
+    """The device of that name; None means the GPU if there is one that the kernels compile for, else the CPU.
 
-    Raises ValueError that begins with `option` for what is no device, is not here, or is too old a GPU.
+    Raises ValueError, beginning with `option`, for what is not a device, is not here, or is too old a GPU.
     """
     if device is None:
         return torch.device("cpu" if ops.gpu_refusal() else "cuda")

@@ -3,13 +3,12 @@
     prompts -> Scheduler (ints) -> prefill / Decoder (tensors) -> tokens -> stop checks, text -> Completion
 
 Requests join and leave between steps (continuous batching, Yu et al., 2022). Every batch is ragged: texts are not
-padded to a common length, and no sum changes its order with the other rows, so the tokens of a request are a function
-of the weights, its prompt and its parameters alone. Idle rows, of which nothing is kept, fill a CUDA graph up to its
-size of batch.
+padded to a common length. No sum's order depends on the other rows, so a request's tokens depend only on the weights,
+its prompt and its parameters. Idle rows, whose results are discarded, pad a batch to the size of its CUDA graph.
 
-A step of the engine plans, has the device start on the plan, and then reads the tokens of the plan before: on a GPU,
-which gets DECODE_STEPS tokens of each text to do at a time (one while prompts are being read), the host works while the
-device does.
+On a GPU, an engine step makes a plan, launches it, and then reads the tokens of the previous plan, so that the host
+works while the device does. The device gets DECODE_STEPS tokens of each text to generate at a time (one while prompts
+are being read).
 """
 
 from __future__ import annotations
@@ -36,26 +35,26 @@ from gpt2.sampling import SamplingParams
 from gpt2.scheduler import Chunk, Plan, Scheduler
 from gpt2.scheduler import Sequence as Text
 
-PREFILL_TOKENS = 2048  # most prompt tokens of one step, so that texts under way keep moving
-DECODE_STEPS = 8  # tokens of each text that a GPU makes before the host looks at them
+PREFILL_TOKENS = 2048  # most prompt tokens computed in one step, so that running texts keep moving
+DECODE_STEPS = 8  # tokens a GPU generates for each text before the host reads them
 
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """Work that the device has been given: whose tokens, and where they will be."""
+    """Work given to the device: the samples whose tokens it draws, and where the tokens will be."""
 
     samples: list[Sample]
     drawn: Drawn
 
 
 class Engine:
-    """Generates text for many prompts at once. Not for use from several threads.
+    """Generates text for many prompts at once. Not thread-safe.
 
-    model: a GPT2 in eval mode, whose device and dtype are used. tokenizer: None means token ids only, and texts "".
-    max_batch: most sequences that run together. num_blocks: size of the cache in blocks of block_size tokens; None
-    sizes it from free memory. prefix_caching: prompts that begin alike share the blocks of their common beginning.
-    cuda_graphs: on a GPU, replay the captured step instead of launching each kernel of it. cache_dtype: None for the
-    model's, or torch.float8_e4m3fn: half the bytes of bfloat16, and keys and values rounded to 4 bits of precision.
+    model: a GPT2 in eval mode, whose device and dtype are used. tokenizer: None means token ids only; texts are "".
+    max_batch: most sequences running at once. num_blocks: size of the cache in blocks of block_size tokens; None sizes
+    it from free memory. prefix_caching: prompts with a common prefix share the blocks that hold it. cuda_graphs: on a
+    GPU, replay the captured step instead of launching each of its kernels. cache_dtype: None for the model's, or
+    torch.float8_e4m3fn: half the bytes of bfloat16, with keys and values rounded to 4 bits of precision.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Engine:
         self.tokenizer = tokenizer
         on_gpu = model.device.type == "cuda"
         self._steps, self._most_unread = (DECODE_STEPS, 1) if on_gpu else (1, 0)
-        # Events, graphs and streams are those of the current device, which need not be the model's.
+        # Events, graphs and streams belong to the current device, which need not be the model's.
         self._current_device = torch.cuda.device(model.device) if on_gpu else contextlib.nullcontext()
         self._cache = PagedCache(
             model, num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, dtype=cache_dtype
@@ -98,11 +97,11 @@ class Engine:
             prefill_tokens=PREFILL_TOKENS,
             prefix_caching=prefix_caching,
         )
-        self._unread: deque[list[Started]] = deque()  # of each plan
+        self._unread: deque[list[Started]] = deque()  # one list per plan
         self._swapped: dict[Text, Tensor] = {}  # keys and values in host memory
         self._requests: dict[int, Request] = {}
         self._sample_of: dict[Text, Sample] = {}
-        # For requests without a seed: as good as fresh, and the same in all processes that share the model.
+        # Seeds for requests without one: random, but the same in all processes that share the model.
         self._seeds = random.Random(agree(model, secrets.randbits(63)))
         self._ready: list[Completion] = []  # finished, not yet handed out by `step`
         self._next_number = 0
@@ -112,9 +111,9 @@ class Engine:
     # -- requests
 
     def add(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> int:
-        """Queue a prompt (text, or token ids; empty means <|endoftext|>) and return the number of the request.
+        """Queue a prompt (text, or token ids; empty means <|endoftext|>) and return the request's number.
 
-        Raises ValueError, naming the option, where prompt and parameters do not fit the model.
+        Raises ValueError, naming the option, if the prompt and its parameters do not fit the model.
         """
         return self._enqueue(self._request(prompt, params or SamplingParams()))
 
@@ -133,7 +132,7 @@ class Engine:
         return request.number
 
     def abort(self, request_id: int) -> None:
-        """End a request: its Completion, as far as it got, comes with the next `step`. Unknown ids are ignored."""
+        """End a request; the next `step` returns its Completion, as far as it got. Unknown ids are ignored."""
         request = self._requests.get(request_id)
         if request is None:
             return
@@ -143,11 +142,11 @@ class Engine:
         self._hand_out(request)
 
     def step(self) -> list[Completion]:
-        """Compute one step for all running requests; returns those that it finished.
+        """Compute one step for all running requests; returns those that have finished.
 
-        An error inside a step ends every request: their blocks are given back, the error is raised, and the engine can
-        be used again. Not so where the GPU takes no more work from this process, as after an illegal access to memory:
-        every step with work to do raises then, and only a new process helps.
+        An error inside a step ends every request: their blocks are released, the error is raised, and the engine can
+        be used again. The exception is a GPU that takes no more work from this process, as after an illegal memory
+        access: every step with work to do then raises, and only a new process helps.
         """
         try:
             self._advance()
@@ -158,9 +157,10 @@ class Engine:
         return ready
 
     def progress(self, request_id: int) -> list[Output] | None:
-        """The outputs of a request as far as they have got, in the order of its samples; None once it is handed out.
+        """The outputs of a request so far, in the order of its samples; None once its Completion is ready.
 
-        Texts end before half a character and what may yet become a stop string. finish_reason is "" until there is one.
+        Texts leave out an incomplete last character and what may yet become a stop string. finish_reason is "" until
+        there is one.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -176,7 +176,7 @@ class Engine:
         ]
 
     def _give_up(self) -> None:
-        """End every request and forget whatever a failed step may have left half done, the device's part last."""
+        """End every request and forget whatever a failed step may have left half done, the device's state last."""
         for request in self._requests.values():
             for sample in request.samples:
                 if sample.finish_reason is None:
@@ -190,11 +190,11 @@ class Engine:
 
     @property
     def unfinished(self) -> int:
-        """Requests that have been added and not handed out yet."""
+        """Requests that have been added but not handed out yet."""
         return len(self._requests) + len(self._ready)
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start. Blocks that hold a known prefix and that nobody uses count as free."""
+        """Counters since the start. Unused blocks that still hold a known prefix count as free."""
         pool = self._scheduler.pool
         return {
             "num_blocks": pool.num_blocks,
@@ -217,9 +217,9 @@ class Engine:
         *,
         progress: bool = False,
     ) -> list[Completion]:
-        """Completions of all prompts, in their order; params are one for all, or one for each prompt.
+        """Completions of all prompts, in order; params is one SamplingParams for all, or one for each prompt.
 
-        Raises ValueError before any work where a prompt or its parameters do not fit, naming the prompt's number.
+        Raises ValueError, naming the prompt's number, before any work if a prompt or its parameters do not fit.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             kind = "one string" if isinstance(prompts, str) else repr(prompts)
@@ -255,7 +255,7 @@ class Engine:
             self._ready[:0] = others  # requests of other callers, for their next `step`
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
-        """Text of one sample as it comes, in whole characters. Closing the iterator ends the request."""
+        """Text of one sample as it is generated, in whole characters. Closing the iterator ends the request."""
         params = params or SamplingParams()
         if params.n != 1:
             raise ValueError(f"Engine.stream: n must be 1, got {params.n}")
@@ -275,7 +275,7 @@ class Engine:
                 elif request.done:
                     return
                 else:
-                    finished = self.step()  # of others perhaps, for their next `step`
+                    finished = self.step()  # perhaps other callers' requests, for their next `step`
                     self._ready = finished + self._ready
         finally:
             self._drop([number])
@@ -309,10 +309,10 @@ class Engine:
                 self._read(started)
 
     def _start(self, plan: Plan) -> list[Started]:
-        """Have the device carry out a plan.
+        """Launch a plan on the device.
 
-        On a GPU nothing here waits for it, but for the capture of a new graph and for blocks that pinned memory has no
-        room for.
+        On a GPU nothing here waits for the device, except the capture of a new graph and the saving of blocks that
+        pinned memory has no room for.
         """
         decoder, cache = self._decoder, self._cache
         for text, blocks in plan.swap_out:
@@ -336,7 +336,7 @@ class Engine:
 
     def _prefill(self, chunks: list[Chunk]) -> list[Started]:
         hidden = self.model.forward_paged(self._batch(chunks), self._cache.layers)
-        # A token is drawn where a prompt is complete; other chunks are parts of long prompts.
+        # A token is drawn for each prompt that is now complete; the other chunks are parts of long prompts.
         last_rows, row = [], -1
         for c in chunks:
             row += c.last - c.first
@@ -382,16 +382,16 @@ class Engine:
             block_table=upload(table, torch.int32, device),
             context_lens=upload([c.last for c in chunks], torch.int32, device),
             cu_seqlens=upload(starts, torch.int32, device),
-            # Prompts always take the prefill path, a single row of one too: another tile could give other bits.
+            # Prompts always take the prefill path, even for a single row: another tile could give other bits.
             max_seqlen=max(2, *(c.last - c.first for c in chunks)),
         )
 
     def _read(self, started: Started) -> None:
-        """Give texts the tokens that have come, and finish those that end with them."""
+        """Append the drawn tokens to their texts, and finish the texts that end."""
         each, details = started.drawn.read()
         for i, (sample, tokens) in enumerate(zip(started.samples, each)):
             if sample.finish_reason is not None:
-                continue  # it has ended while these were being made
+                continue  # it ended while these were being generated
             if tokens[-1] < 0:
                 tokens = tokens[: tokens.index(-1)]
             count = sample.take(tokens, self.model.config.eos_token_id)

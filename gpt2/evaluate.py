@@ -1,11 +1,11 @@
-"""How well a model predicts a text: perplexity by a sliding window, `gpt2 eval`, which prints it, and log-likelihoods.
+"""How well a model predicts a text: sliding-window perplexity, which `gpt2 eval` prints, and log-likelihoods.
 
-`log_likelihoods` scores many continuations, each of its own context; `gpt2.harness` stands on it.
+`log_likelihoods` scores many continuations, each given its own context; `gpt2.harness` builds on it.
 
-For perplexity every token of the text is scored once. A window of `context` tokens moves on by `stride`; what it scores
-are the tokens that no window before it has reached, each after at least context - stride tokens of its past, where the
-text has them. A smaller stride costs more windows and gives each token more past: at 1 the score is exact, at `context`
-the windows share nothing, and their first tokens are predicted from nothing.
+For perplexity every token of the text is scored once. A window of `context` tokens moves by `stride` and scores the
+tokens that no earlier window has reached, each given at least context - stride preceding tokens, if the text has them.
+A smaller stride costs more windows and gives each token more context: at 1 the score is exact, at `context` the windows
+share nothing, and their first tokens are predicted from nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Score:
 
 
 def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
-    """(first, last, scored): token first..last - 1 are read, and the last `scored` of them are what is predicted.
+    """(first, last, scored): tokens first..last - 1 are read, and the last `scored` of them are predicted.
 
     Token 0 has nothing before it and is never scored. length 10, context 5, stride 3: (0, 5, 4), (3, 8, 3), (5, 10, 2).
     """
@@ -51,7 +51,7 @@ def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]
 def score(
     model: Any, tokens: Sequence[int], *, context: int | None = None, stride: int | None = None, batch_size: int = 4
 ) -> Score:
-    """The mean loss of `model` (a GPT2) on a sequence of token ids, windows of one length `batch_size` at a time.
+    """The mean loss of `model` (a GPT2) on a sequence of token ids; windows of equal length run `batch_size` at a time.
 
     context is the model's n_positions unless given, stride half of it. Raises ValueError on a value that does not fit.
     """
@@ -99,10 +99,10 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """(log-probability of the continuation in nats, whether it is the greedy one) of (context, continuation) ids.
 
-    Where context and continuation are more than n_positions + 1 tokens, the context loses its first ones: the last
-    token is predicted, never read. Sequences of all lengths are packed without padding, `max_batch` at most in a pass;
-    pairs that read the same tokens, as the one-token answers to a question do, are computed once. Raises ValueError,
-    before any work, on an empty context or continuation, one longer than n_positions, or a token that does not exist.
+    If context and continuation together exceed n_positions + 1 tokens, the context loses its first ones: the last token
+    is predicted, never read. Sequences of all lengths are packed without padding, at most `max_batch` in a pass; pairs
+    that read the same tokens, as the one-token answers to a question do, are computed once. Raises ValueError, before
+    any work, on an empty context or continuation, one longer than n_positions, or a token that does not exist.
     """
     import torch
     import torch.nn.functional as F
@@ -111,7 +111,7 @@ def log_likelihoods(
     limit, vocabulary = model.config.n_positions, model.config.vocab_size
     if not isinstance(max_batch, int) or max_batch < 1:
         raise ValueError(f"log_likelihoods: max_batch must be an integer of at least 1, got {max_batch!r}")
-    readers: dict[tuple[int, ...], list[int]] = {}  # what the model reads: the pairs that it answers
+    readers: dict[tuple[int, ...], list[int]] = {}  # what the model reads -> the pairs that it answers
     for number, (context, continuation) in enumerate(pairs):
         if not context or not 1 <= len(continuation) <= limit:
             raise ValueError(
@@ -128,7 +128,7 @@ def log_likelihoods(
 
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     with torch.no_grad(), tqdm(total=len(pairs), desc="log-likelihood", disable=not progress) as bar:
-        for batch in _packs(sorted(readers, key=len, reverse=True), max_batch):  # if memory is too small, at once
+        for batch in _packs(sorted(readers, key=len, reverse=True), max_batch):  # too little memory shows at once
             borders = [0, *itertools.accumulate(map(len, batch))]
             answered = [(end, number) for end, read in zip(borders[1:], batch) for number in readers[read]]
             rows = [row for end, number in answered for row in range(end - len(pairs[number][1]), end)]
@@ -156,7 +156,7 @@ def log_likelihoods(
 
 
 def _packs(sequences: Sequence[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, ...]]]:
-    """Sequences in turn, at most `most` together and, of several, at most PACKED_TOKENS tokens."""
+    """Sequences in order, packed at most `most` together and, if several, at most PACKED_TOKENS tokens."""
     pack: list[tuple[int, ...]] = []
     tokens = 0
     for sequence in sequences:

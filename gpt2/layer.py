@@ -1,7 +1,7 @@
 """One layer of GPT-2 on the operators of `gpt2_kernels`: its modules, and how it runs over a paged cache.
 
 `Block` leaves attention to its caller: for generation that is `attend_paged`. On a CPU the whole layer may be one call,
-`in_one_call`, where `plain_block` finds that the block computes nothing else.
+`in_one_call`, if `plain_block` finds that nothing has changed what the block computes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from gpt2.config import GPT2Config
 
 Attend = Callable[[Tensor], Tensor]  # qkv (..., 3, H, D) -> (..., H, D)
 
-# How `gpt2_kernels.linear` multiplies. A prompt's tokens and generated ones have an order of additions each, whatever
-# else is in the batch; training has none to keep.
+# How `gpt2_kernels.linear` multiplies. Prompt tokens and generated tokens each have a fixed order of additions,
+# whatever else is in the batch; training needs none.
 Products = Mapping[str, Any]
 PROMPT: Products = {}
 DECODE: Products = {"decode": True}
@@ -34,9 +34,9 @@ class PagedBatch:
     positions: Tensor  # (N,) int64, of each token in its own sequence
     slots: Tensor  # (N,) int64, where each token's key and value go
     block_table: Tensor  # (S, max_blocks) int32
-    context_lens: Tensor  # (S,) int32, tokens in the cache once these are in
+    context_lens: Tensor  # (S,) int32, tokens in the cache once these are written
     cu_seqlens: Tensor  # (S + 1,) int32, first row of each sequence
-    max_seqlen: int  # most rows of one sequence; 1 is decode
+    max_seqlen: int  # most rows of one sequence; 1 means decode
 
 
 class LayerCache(NamedTuple):
@@ -89,7 +89,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each on a normalised copy of the stream and added to it."""
+    """One layer: attention, then MLP, each applied to a normalised copy of the residual stream and added to it."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 def linear(layer: nn.Module, x: Tensor, products: Products = PROMPT, **epilogue: Any) -> Tensor:
-    """The product with a layer's weight, and its bias if it has one; in int8 where `GPT2.quantize_` made it so."""
+    """The product with a layer's weight, plus its bias if it has one; in int8 if `GPT2.quantize_` made it so."""
     weight: Any = layer.weight
     bias = getattr(layer, "bias", None)
     if weight.dtype == torch.int8:
@@ -142,7 +142,7 @@ def attend_paged(qkv: Tensor, *, batch: PagedBatch, cache: LayerCache, scale: fl
 
 
 class PlainBlock(NamedTuple):
-    """What `ops.paged_layer_` takes of a block."""
+    """What `ops.paged_layer_` needs of a block."""
 
     weights: list[Tensor]
     scales: list[Tensor]  # of int8 weights
@@ -164,9 +164,9 @@ def _untouched(module: Any, kind: type[nn.Module]) -> bool:
 
 
 def plain_block(block: Any, heads: tuple[int, ...], eps: float) -> PlainBlock | None:
-    """The tensors of a block; None where somebody has made it compute anything else than `Block` does.
+    """The tensors of a block; None if it has been made to compute anything other than `Block` does.
 
-    Asked for at every token: through the dictionaries of modules, whose attributes are ten times slower.
+    Called at every token, so it reads modules' dictionaries: attribute access is ten times slower.
     """
     if not _untouched(block, Block):
         return None
@@ -193,7 +193,7 @@ def plain_block(block: Any, heads: tuple[int, ...], eps: float) -> PlainBlock | 
 def in_one_call(
     x: Tensor, block: PlainBlock, batch: PagedBatch, cache: LayerCache, *, scale: float, eps: float
 ) -> Tensor:
-    """What `block(x, attend_paged)` computes, with its bits, where `ops.has_paged_layer`."""
+    """What `block(x, attend_paged)` computes, bit for bit, if `ops.has_paged_layer`."""
     return ops.paged_layer_(
         x,
         block.weights,

@@ -2,8 +2,8 @@
 
 The same blocks serve three ways of running. `forward` takes whole sequences (B, T), for training and evaluation;
 `hidden_packed` takes whole sequences of different lengths, packed (N,), for scoring many of them.
-`forward_paged` takes packed tokens of many sequences (N,) and a paged key-value cache, for generation: what earlier
-tokens computed is read from the cache, so a new token costs one row. Only attention differs between them.
+`forward_paged` takes packed tokens of many sequences (N,) and a paged key-value cache, for generation: the keys and
+values of earlier tokens are read from the cache, so a new token costs one row. Only attention differs between them.
 
 Parameter names are those of the published checkpoints; `gpt2.reference.ReferenceGPT2` is the same model in plain
 PyTorch.
@@ -57,18 +57,18 @@ class GPT2(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of everything between the products, keys and values included; weights may be int8 beside it."""
+        """The type of the activations, keys and values included; the weights may be int8."""
         return self.ln_f.weight.dtype
 
     @property
     def is_int8(self) -> bool:
-        # Not by the weight's dtype: under a parametrization each look at it computes it anew.
+        # Not by the weight's dtype: under a parametrization every access recomputes the weight.
         return "weight_scale" in self.wte._buffers
 
     def quantize_(self) -> GPT2:
         """Round all matrices to int8, with a scale for each output, for generation on a CPU; the rest is bfloat16.
 
-        The parameters keep their names; beside each matrix lies a buffer `weight_scale`. Such a model can neither be
+        The parameters keep their names; each matrix gets a buffer `weight_scale` beside it. Such a model can neither be
         trained nor saved as a checkpoint; a second call changes nothing.
         """
         if self.device.type != "cpu":
@@ -102,12 +102,15 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of token ids (B, T) int64: row t scores what may follow tokens[:, :t + 1].
 
-        Raises ValueError where T is larger than the config's n_positions or tokens are not (B, T).
+        Raises ValueError if T is larger than the config's n_positions or tokens are not (B, T).
         """
         return self.logits(self.hidden(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, float32, of targets (B, T) int64, where -100 is left out; holds no logits."""
+        """Mean cross-entropy in nats, float32, of targets (B, T) int64, with -100 ignored.
+
+        It materialises no logits, except with int8 weights.
+        """
         if targets.shape != tokens.shape:
             raise ValueError(f"GPT2.loss: targets must be the shape of tokens, got {targets.shape} and {tokens.shape}")
         hidden = self.hidden(tokens, batch_invariant=False)
@@ -116,10 +119,10 @@ class GPT2(nn.Module):
         return ops.linear_cross_entropy(hidden, self.wte.weight, targets)
 
     def hidden(self, tokens: Tensor, *, batch_invariant: bool = True, watch: Watch | None = None) -> Tensor:
-        """Final hidden states (B, T, C), of which `logits` makes scores; watch sees every layer's attention go by.
+        """Final hidden states (B, T, C), which `logits` turns into scores; watch sees every layer's attention.
 
-        watch is called with the layer, q and k (B, T, H, D), the scale of their products and the logsumexp (B, H, T):
-        what `gpt2_kernels.attention_map` makes probabilities of.
+        watch is called with the layer, q and k (B, T, H, D), the scale of their products and the logsumexp (B, H, T),
+        from which `gpt2_kernels.attention_map` computes probabilities.
         """
         if tokens.dim() != 2 or tokens.shape[1] > self.config.n_positions:
             raise ValueError(
@@ -191,7 +194,7 @@ class GPT2(nn.Module):
         return normalize(self.ln_f, x)
 
     def logits(self, hidden: Tensor, *, decode: bool = False) -> Tensor:
-        """Scores (..., V) of every token: the output embedding is the input embedding. decode: of generated tokens."""
+        """Scores (..., V) of every token: the output embedding is the input embedding. decode: for generated tokens."""
         return linear(self.wte, hidden, DECODE if decode else PROMPT)
 
     @torch.no_grad()
@@ -206,9 +209,9 @@ class GPT2(nn.Module):
         min_p: float = 0.0,
         seed: int = 0,
     ) -> list[int]:
-        """Continue one sequence naively, the whole of it computed anew for each token: the oracle of `gpt2.Engine`.
+        """Continue one sequence naively, recomputing all of it for each token: the oracle for `gpt2.Engine`.
 
-        Stops after <|endoftext|>, which is the last token then, or after `max_tokens`. temperature 0 is greedy.
+        Stops after <|endoftext|>, which is then the last token, or after `max_tokens`. temperature 0 is greedy.
         """
         text = list(tokens) or [self.config.eos_token_id]
         start = len(text)
@@ -240,9 +243,9 @@ class GPT2(nn.Module):
         """The model of a preset name or of a local folder in Hugging Face's format, ready to generate.
 
         Names: "storybook" (ships with the package), "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (from the Hugging
-        Face hub, with the extra `hub`). A folder needs a path separator in its name, like "./gpt2". device is the GPU
-        where there is one that the kernels compile for; dtype is that of the file unless given (float32, float16,
-        bfloat16, and int8 on a CPU: see `quantize_`).
+        Face hub, with the extra `hub`). A folder needs a path separator in its name, like "./gpt2". device defaults to
+        the GPU if there is one that the kernels compile for; dtype (float32, float16, bfloat16, or int8 on a CPU: see
+        `quantize_`) defaults to the file's.
         Raises ValueError, naming what is wrong, for an unknown name, a broken file or tensors that do not fit.
         """
         if dtype == torch.float64:
@@ -257,9 +260,9 @@ class GPT2(nn.Module):
         return weights.load(cls, name_or_path, device=device, dtype=dtype)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors, a folder that transformers and `from_pretrained` load.
+        """Write config.json and model.safetensors to a folder that transformers and `from_pretrained` load.
 
-        Raises ValueError for int8 weights: what was rounded away is not to become a checkpoint.
+        Raises ValueError for int8 weights: rounded weights must not become a checkpoint.
         """
         if self.is_int8:
             raise ValueError("GPT2.save_pretrained: int8 weights are not saved; save the model they were made from")

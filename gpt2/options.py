@@ -1,4 +1,4 @@
-"""The options of every command. Nothing heavy is imported here: `--help` and a mistyped option answer at once."""
+"""The options of every command. Nothing heavy is imported here, so `--help` and a mistyped option answer at once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="continue a text",
-        description="Continue a text; the prompt and what follows it are written to stdout as they come.",
-        epilog="With -n, samples are separated by lines that are <|endoftext|>.",
+        description="Continue a text; the prompt and its continuation are written to stdout as they are generated.",
+        epilog="With -n, samples are separated by lines of <|endoftext|>.",
     )
     _prompt_option(generate)
     _model_options(generate)
@@ -32,13 +32,13 @@ def parser() -> argparse.ArgumentParser:
     batch = commands.add_parser(
         "batch",
         help="answer a file of prompts",
-        description='Answer every line of a file of prompts, {"id": .., "prompt": .., and parameters}, with a line '
-        "of the output, as results come. A run that was stopped goes on when it is started again.",
-        epilog="Beside OUT.jsonl lie OUT.manifest.json, which says what was run, and, where lines were bad, "
-        "OUT.errors.jsonl. The options below are for lines that do not say otherwise; a line without a seed gets one "
-        "from --seed and its number.",
+        description='Answer every line of a file of prompts, {"id": .., "prompt": .., and parameters}, with one line '
+        "of the output, written as results come in. A run that was stopped resumes when it is started again.",
+        epilog="Beside OUT.jsonl, OUT.manifest.json records what was run, and OUT.errors.jsonl lists bad lines, if "
+        "any. The options above apply to lines that do not say otherwise; a line without a seed gets one from --seed "
+        "and its line number.",
     )
-    batch.add_argument("input", metavar="IN.jsonl", help="a JSON object a line; prompts are text or lists of token ids")
+    batch.add_argument("input", metavar="IN.jsonl", help="one JSON object per line; a prompt is text or token ids")
     batch.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help="where results go")
     batch.add_argument("--max-batch", type=int, default=256, metavar="N", help="most samples at a time (default 256)")
     _model_options(batch)
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
     following = commands.add_parser(
         "next",
-        help="the ten likeliest next tokens; choose one, and so on",
+        help="show the ten likeliest next tokens; choose one, repeat",
         description="Show the ten likeliest next tokens with their probabilities; type a number to append one, u to "
         "take the last one back, q to quit.",
     )
@@ -58,57 +58,59 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="train a model, or train one on",
-        description="Train a GPT-2 on a text; the result is RUN/final, a folder for --model. The same command with "
-        "--resume goes on after an interruption, bit for bit but with --compile on a GPU. Under torchrun it uses all "
-        "processes.",
+        help="train a model, or fine-tune one",
+        description="Train a GPT-2 on a text; the result is RUN/final, a folder for --model. After an interruption, "
+        "the same command with --resume continues, bit for bit except with --compile on a GPU. Under torchrun it uses "
+        "all processes.",
         argument_default=argparse.SUPPRESS,  # what is not given keeps Recipe's default
     )
-    what = train.add_argument_group("what is learned")
+    what = train.add_argument_group("data and model")
     what.add_argument(
-        "--data", required=True, metavar="TEXT", help="a text file, or a folder of *.txt; documents stand between "
-        "lines that are <|endoftext|>",
+        "--data", required=True, metavar="TEXT", help="a text file, or a folder of *.txt; documents are separated by "
+        "lines of <|endoftext|>",
     )  # fmt: skip
-    what.add_argument("--val-data", metavar="TEXT", help="text to measure the loss on")
+    what.add_argument("--val-data", metavar="TEXT", help="text for the validation loss")
     what.add_argument("--model", metavar="NAME", help="shape and tokenizer: preset or folder (default storybook)")
     what.add_argument(
         "--init", metavar="FOLDER", help="start from these weights (preset or folder), not from random ones"
     )
-    what.add_argument("--context", type=int, metavar="N", help="tokens a sequence (default: all positions)")
-    what.add_argument("--order", choices=("random", "sequential"), help="of the windows of each pass (default random)")
-    what.add_argument("--seed", type=int, metavar="N", help="of the first weights and the order (default 1)")
-    how = train.add_argument_group("how")
+    what.add_argument("--context", type=int, metavar="N", help="tokens per sequence (default: all positions)")
+    what.add_argument(
+        "--order", choices=("random", "sequential"), help="order of the training windows (default random)"
+    )
+    what.add_argument("--seed", type=int, metavar="N", help="seed of the initial weights and the order (default 1)")
+    how = train.add_argument_group("training")
     how.add_argument("--steps", type=int, metavar="N", help="updates of the weights (default 1000)")
-    how.add_argument("--batch-size", type=int, metavar="N", help="sequences an update, of all processes (default 8)")
+    how.add_argument("--batch-size", type=int, metavar="N", help="sequences per update, over all processes (default 8)")
     how.add_argument("--micro-batch", type=int, metavar="N", help="sequences a process computes at a time")
     how.add_argument("--optimizer", choices=("adamw", "muon"), help="default adamw")
-    how.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default 6e-4)")
-    how.add_argument("--min-lr", type=float, metavar="X", help="last learning rate (default 0)")
-    how.add_argument("--schedule", choices=("cosine", "trapezoid"), help="of the learning rate (default cosine)")
+    how.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default 6e-4)")
+    how.add_argument("--min-lr", type=float, metavar="X", help="final learning rate (default 0)")
+    how.add_argument("--schedule", choices=("cosine", "trapezoid"), help="learning-rate schedule (default cosine)")
+    how.add_argument("--warmup", type=int, metavar="N", help="warm-up steps (default: 1/20 of all, at most 100)")
+    how.add_argument("--weight-decay", type=float, metavar="X", help="weight decay of matrices (default 0.1)")
+    how.add_argument("--clip", type=float, metavar="X", help="largest gradient norm; 0 is off (default 1)")
     how.add_argument(
-        "--warmup", type=int, metavar="N", help="steps until the highest rate (default: 1/20, at most 100)"
-    )
-    how.add_argument("--weight-decay", type=float, metavar="X", help="of matrices (default 0.1)")
-    how.add_argument("--clip", type=float, metavar="X", help="longest gradient, 0 for any (default 1)")
-    how.add_argument(
-        "--dtype", choices=DTYPES[:2], help="arithmetic (default float32 on a CPU, bfloat16 on a GPU); the weights "
+        "--dtype", choices=DTYPES[:2], help="compute dtype (default float32 on a CPU, bfloat16 on a GPU); the weights "
         "are float32",
     )  # fmt: skip
     how.add_argument(
-        "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:N (default: GPUs if there are)"
+        "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:N (default: GPUs if there are any)"
     )
     how.add_argument(
-        "--parallel", choices=("ddp", "fsdp"), help="under torchrun: weights whole or shared (default ddp)"
+        "--parallel", choices=("ddp", "fsdp"), help="under torchrun: weights replicated or sharded (default ddp)"
     )
-    how.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more work")
     how.add_argument(
-        "--compile", action="store_true", help="torch.compile; on a GPU two runs then differ in the last bits"
+        "--checkpoint-activations", action="store_true", help="recompute activations: less memory, a third more work"
     )
-    kept = train.add_argument_group("what is kept")
+    how.add_argument(
+        "--compile", action="store_true", help="use torch.compile; on a GPU two runs then differ in the last bits"
+    )
+    kept = train.add_argument_group("output")
     kept.add_argument("--out", required=True, metavar="RUN", help="folder of the run: checkpoints, metrics, final")
-    kept.add_argument("--resume", action="store_true", default=False, help="go on where RUN was interrupted")
+    kept.add_argument("--resume", action="store_true", default=False, help="continue where RUN was interrupted")
     kept.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default 100)")
-    kept.add_argument("--keep", type=int, metavar="N", help="newest checkpoints kept, beside the best (default 2)")
+    kept.add_argument("--keep", type=int, metavar="N", help="newest checkpoints kept, besides the best (default 2)")
     kept.add_argument("--eval-every", type=int, metavar="N", help="steps between validations and samples")
     kept.add_argument("--log-every", type=int, metavar="N", help="steps between progress lines (default 10)")
     _profile_option(kept)
@@ -116,12 +118,14 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "eval",
-        help="how well a model predicts a text",
-        description="Print the perplexity of a text: every token is scored once, by a window that slides over it.",
+        help="measure how well a model predicts a text",
+        description="Print the perplexity of a text: every token is scored once, with a sliding window.",
     )
     evaluate.add_argument("--data", required=True, metavar="TEXT", help="a UTF-8 text file")
     evaluate.add_argument("--context", type=int, metavar="N", help="tokens in a window (default: all positions)")
-    evaluate.add_argument("--stride", type=int, metavar="N", help="tokens it moves on by (default: half the context)")
+    evaluate.add_argument(
+        "--stride", type=int, metavar="N", help="tokens the window moves by (default: half the context)"
+    )
     evaluate.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows at a time (default 4)")
     _model_options(evaluate)
     evaluate.set_defaults(run="gpt2.evaluate:evaluate")
@@ -137,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     network.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default 127.0.0.1)")
     network.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 takes a free one (default 8000)")
     network.add_argument(
-        "--api-key", metavar="KEY", help="ask for this bearer key; @FILE reads it from a file (default: none)"
+        "--api-key", metavar="KEY", help="require this bearer key; @FILE reads it from a file (default: none)"
     )
     network.add_argument(
         "--cors-origin",
@@ -150,11 +154,11 @@ def parser() -> argparse.ArgumentParser:
     limits.add_argument(
         "--max-batch", type=int, default=64, metavar="N", help="sequences that run at once (default 64)"
     )
-    limits.add_argument("--max-requests", type=int, default=256, metavar="N", help="requests let in (default 256)")
-    limits.add_argument("--time-limit", type=float, default=600, metavar="S", help="seconds a request (default 600)")
+    limits.add_argument("--max-requests", type=int, default=256, metavar="N", help="requests at once (default 256)")
+    limits.add_argument("--time-limit", type=float, default=600, metavar="S", help="seconds per request (default 600)")
     serve.set_defaults(run="gpt2.explorer:serve")
 
-    info = commands.add_parser("info", help="versions, devices, and what computes each operator here")
+    info = commands.add_parser("info", help="show versions, devices, and what computes each operator here")
     info.set_defaults(run="gpt2.commands:info")
     return top
 
@@ -172,25 +176,35 @@ def _prompt_option(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="",
         metavar="PROMPT",
-        help="text to continue; - reads stdin; none starts a new text",
+        help="text to continue; - reads stdin; without one, a new text begins",
     )
 
 
 def _sampling_options(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
-    number = parser.add_argument_group("what is written")
+    number = parser.add_argument_group("output")
     number.add_argument("-n", type=int, default=1, metavar="N", help="samples of the same prompt (default 1)")
-    number.add_argument("--max-tokens", type=int, metavar="N", help=f"most tokens to write (default {max_tokens})")
-    number.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    number.add_argument("--ignore-eos", action="store_true", help="write on after <|endoftext|>")
-    choice = parser.add_argument_group("how tokens are chosen")
-    choice.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (default 1)")
+    number.add_argument("--max-tokens", type=int, metavar="N", help=f"most tokens to generate (default {max_tokens})")
+    number.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
+    number.add_argument("--ignore-eos", action="store_true", help="continue past <|endoftext|>")
+    choice = parser.add_argument_group("sampling")
+    choice.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default 1)")
     choice.add_argument(
-        "--top-k", type=int, default=40, metavar="K", help="among the K likeliest; 0 is off (default 40)"
+        "--top-k", type=int, default=40, metavar="K", help="only the K likeliest tokens; 0 is off (default 40)"
     )
     choice.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="among the fewest that reach P (default 1)"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="only the fewest tokens whose probabilities reach P (default 1)",
     )
-    choice.add_argument("--min-p", type=float, default=0.0, metavar="P", help="at least P of the likeliest (default 0)")
+    choice.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="only tokens with at least P times the highest probability (default 0)",
+    )
     choice.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: fewer repeats")
     choice.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one)")
 
@@ -202,5 +216,5 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype",
         choices=(*DTYPES, "int8"),
-        help="arithmetic (default bfloat16 on a GPU and where the CPU multiplies it, else float32); int8 is for a CPU",
+        help="compute dtype (default bfloat16 on a GPU or a CPU that multiplies it, else float32); int8 is for CPUs",
     )

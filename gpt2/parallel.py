@@ -1,7 +1,7 @@
-"""Several processes, through PyTorch's own engines: data parallel, sharded data parallel, tensor parallel.
+"""Several processes, with PyTorch's own machinery: data parallel, sharded data parallel, tensor parallel.
 
     torchrun --nproc-per-node 8 -m gpt2 train ...                     DDP: whole weights everywhere, gradients averaged
-    torchrun --nproc-per-node 8 -m gpt2 train ... --parallel fsdp     FSDP2: each process keeps a share of everything
+    torchrun --nproc-per-node 8 -m gpt2 train ... --parallel fsdp     FSDP2: each process keeps a shard of everything
 
 `tensor_parallel` is for generation with a model too large or too slow for one GPU: each process keeps some heads and
 some columns of each MLP.
@@ -42,7 +42,7 @@ class World:
     device: torch.device
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` returns in process 0, in all; a ValueError or OSError too, so that none waits for ever."""
+        """What `work` returns in process 0, in all; a ValueError or OSError is raised in all, so that none hangs."""
         if self.size == 1:
             return work()
         answer: list[Any] = [None, None]
@@ -58,7 +58,7 @@ class World:
         return answer[0]
 
     def sum(self, *values: float) -> list[float]:
-        """Each value added over all processes, in float64."""
+        """Each value summed over all processes, in float64."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -67,7 +67,7 @@ class World:
 
 
 def processes() -> int:
-    """How many torchrun started; 1 without it."""
+    """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -93,7 +93,7 @@ def world(device: str | None) -> Iterator[World]:
 
 
 def shard(model: GPT2, world: World, dtype: torch.dtype) -> None:
-    """FSDP2 in place: a block's weights are gathered, in `dtype`, while it computes; gradients are added in float32."""
+    """FSDP2 in place: a block's weights are gathered in `dtype` while it computes; gradients are summed in float32."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.h:
@@ -103,24 +103,24 @@ def shard(model: GPT2, world: World, dtype: torch.dtype) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a share. Every process must call it."""
+    """The full tensor, of which each process may hold a shard. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def share(tensor: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that this process keeps of `like`, on its device."""
+    """This process's shard of a full tensor, divided and placed like `like`."""
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
 def tensor_parallel(model: GPT2, mesh: DeviceMesh) -> GPT2:
-    """Split the blocks of `model` over the processes of a mesh, in place; its methods are then called in all of them.
+    """Split the blocks of `model` over the processes of a mesh, in place; all of them must then call its methods.
 
-    Each process keeps whole heads, and as many columns of the MLP; what two layers' parts add up to is summed once for
-    attention and once for the MLP. Embeddings and norms are whole everywhere. Where the number of heads (25 in gpt2-xl)
-    is no multiple of the processes, the last ones keep fewer: 13 and 12 on two. Each needs at least one.
+    Each process keeps some whole heads and some columns of the MLP; the partial results are summed over the processes
+    once for attention and once for the MLP. Embeddings and norms are replicated. If the number of heads (25 in gpt2-xl)
+    is not a multiple of the processes, the last ones keep fewer: 13 and 12 on two. Each needs at least one.
 
-    For generation only: the model has no gradients afterwards. Raises ValueError where a process would get no head.
+    For generation only: the model has no gradients afterwards. Raises ValueError if a process would get no head.
     """
     check_heads(model.config.n_head, mesh.size())
     model.requires_grad_(False)
@@ -140,7 +140,7 @@ def least(model: GPT2, value: int) -> int:
 
 
 def check_heads(heads: int, parts: int) -> None:
-    """Raises ValueError where some of `parts` processes would get none of `heads`."""
+    """Raises ValueError if some of `parts` processes would get none of `heads`."""
     largest = -(-heads // parts)  # torch.chunk's rule, which DTensor follows
     if -(-heads // largest) < parts:
         usable = sorted({-(-heads // n) for n in range(1, heads + 1)})
@@ -151,7 +151,7 @@ def check_heads(heads: int, parts: int) -> None:
 
 
 class _Heads(ParallelStyle):
-    """c_attn by its rows and c_proj by its columns, with the heads as an axis of their own to be cut."""
+    """c_attn by its rows and c_proj by its columns, with the heads as a separate axis to split."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, SelfAttention)
@@ -160,7 +160,7 @@ class _Heads(ParallelStyle):
         _split(attn, "weight", device_mesh, 1, (3, heads, width, attn.in_features))
         _split(attn, "bias", device_mesh, 1, (3, heads, width))
         _split(proj, "weight", device_mesh, 1, (proj.out_features, heads, width))
-        module.heads = (3, _mine(attn.weight).shape[1], width)  # what the engine keeps keys and values of
+        module.heads = (3, _mine(attn.weight).shape[1], width)  # whose keys and values the engine keeps
         module.forward = functools.partial(_attend, module, device_mesh)  # type: ignore[method-assign]
         return module
 
@@ -207,9 +207,9 @@ def _mine(tensor: Tensor) -> Tensor:
 
 
 def _added(part: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum over the processes, in all of them, in the order of their ranks.
+    """The sum over the processes, available in all of them, added in rank order.
 
-    An all-reduce of three or more adds in an order that depends on where in the tensor a number lies, and so on the
+    An all-reduce of three or more adds in an order that depends on where in the tensor an element lies, and so on the
     other rows of the batch.
     """
     first, *others = whole(DTensor.from_local(part.unsqueeze(0), mesh, [Shard(0)], run_check=False))

@@ -1,4 +1,4 @@
-"""What a training run is: every choice that decides its result, checked before any work. No tensors here."""
+"""What a training run is: every choice that determines its result, checked before any work. No tensors here."""
 
 from __future__ import annotations
 
@@ -13,38 +13,36 @@ from gpt2.config import preset_or_folder
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One training run. The first group decides the result; the second only how it is computed and watched.
+    """One training run. The first group determines the result; the second only how it is computed and monitored.
 
-    A checkpoint keeps the first group, and a run continues under the same values, `steps` excepted.
+    A checkpoint keeps the first group, and a run continues with the same values, except for `steps`.
     """
 
-    data: str  # a text file, or a folder of *.txt; documents stand between lines that are <|endoftext|>
-    model: str | None = (
-        None  # preset or folder: shape and tokenizer of a fresh start; None is storybook, or what init has
-    )
-    init: str | None = None  # preset or folder whose weights are the start
-    val_data: str | None = None  # text that the loss is measured on
+    data: str  # a text file, or a folder of *.txt; documents are separated by lines of <|endoftext|>
+    model: str | None = None  # preset or folder: shape and tokenizer of a fresh start; None is init's, or storybook's
+    init: str | None = None  # preset or folder with the initial weights
+    val_data: str | None = None  # text for the validation loss
     steps: int = 1000  # updates of the weights
-    batch_size: int = 8  # sequences an update, all processes together
-    context: int | None = None  # tokens a sequence; None is all the model's positions
-    order: str = "random"  # of the windows in each pass over the data, or "sequential"
+    batch_size: int = 8  # sequences per update, over all processes
+    context: int | None = None  # tokens per sequence; None is all the model's positions
+    order: str = "random"  # or "sequential": order of the windows in each pass over the data
     optimizer: str = "adamw"  # or "muon": orthogonalised momentum for the blocks' matrices, AdamW for the rest
-    lr: float = 6e-4  # the highest learning rate
+    lr: float = 6e-4  # the peak learning rate
     schedule: str = "cosine"  # or "trapezoid": constant, then a line to min_lr over the last 35 % of the steps
-    min_lr: float = 0.0  # the last learning rate
+    min_lr: float = 0.0  # the final learning rate
     warmup: int | None = None  # steps over which the rate rises; None is a twentieth of all, at most 100
     weight_decay: float = 0.1  # of matrices; biases and layer norms have none
-    clip: float = 1.0  # longest gradient; 0 is off
+    clip: float = 1.0  # largest gradient norm; 0 is off
     dtype: str | None = None  # arithmetic: "float32" (None: on a CPU), "bfloat16" (None: on a GPU); weights are float32
-    seed: int = 1  # of the first weights and of the order
+    seed: int = 1  # of the initial weights and of the order
 
     micro_batch: int | None = None  # sequences a process computes at a time; None is the largest divisor up to 8
-    parallel: str = "ddp"  # with several processes: whole weights in each, or "fsdp": a share of them in each
+    parallel: str = "ddp"  # with several processes: weights replicated, or "fsdp": sharded
     save_every: int = 100  # steps between checkpoints
-    keep: int = 2  # newest checkpoints kept, beside the best
+    keep: int = 2  # newest checkpoints kept, besides the best
     eval_every: int | None = None  # steps between validations and samples; None is as often as checkpoints
     log_every: int = 10  # steps between progress lines
-    checkpoint_activations: bool = False  # a block's activations are computed again for its gradient, not kept
+    checkpoint_activations: bool = False  # recompute a block's activations for its gradient instead of keeping them
     compile: bool = False  # torch.compile
 
     def __post_init__(self) -> None:
@@ -76,7 +74,7 @@ class Recipe:
                 raise ValueError(f"{name} must exist, got {text!r}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of update `step`, from 0."""
+        """The learning rate of update `step`, counted from 0."""
         warmup = min(100, self.steps // 20) if self.warmup is None else self.warmup
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -87,7 +85,7 @@ class Recipe:
         return self.min_lr + (self.lr - self.min_lr) * left
 
     def sequences_at_a_time(self, processes: int) -> int:
-        """How many sequences each of `processes` computes at a time. Raises ValueError where they share no batch."""
+        """How many sequences each of `processes` computes at a time. Raises ValueError if the batch does not divide."""
         if self.batch_size % processes:
             raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {self.batch_size}")
         share = self.batch_size // processes
@@ -98,7 +96,7 @@ class Recipe:
         return self.micro_batch
 
     def decisive(self) -> dict[str, Any]:
-        """The values that a run and its continuation share. Paths are left out: what they held is compared instead."""
+        """The values that a run and its continuation share. Paths are left out: their contents are compared instead."""
         left_out = ("data", "val_data", "model", "init", "steps")
         return {f: getattr(self, f) for f in list(_FIELDS)[: list(_FIELDS).index("micro_batch")] if f not in left_out}
 
@@ -120,9 +118,9 @@ _FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
 
 def check_out(out: str | os.PathLike[str], resume: bool) -> Path:
-    """The run's folder: one that is not there or empty, unless the run is to be resumed.
+    """The run's folder, which must be new or empty unless the run is to be resumed.
 
-    The tokens of a run that never began (its data were too short, say) are no obstacle.
+    The tokens of a run that never began (its data was too short, say) are no obstacle.
     """
     path = Path(out)
     if path.exists() and not path.is_dir():

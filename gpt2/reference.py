@@ -1,7 +1,7 @@
 """GPT-2 in plain PyTorch, to be read from top to bottom beside a text that explains the model.
 
-No kernels, no cache, no batching tricks: every formula stands here once, in the order in which a token meets it. It is
-the yardstick that the fast model is measured with, in float32 or, where more digits are wanted, in float64.
+No kernels, no cache, no batching tricks: every formula appears once, in the order in which a token meets it. It is the
+yardstick that the fast model is measured against, in float32 or, where more digits are wanted, in float64.
 
     tokens -> token embedding + position embedding -> block 0 -> ... -> block n-1 -> layer norm -> scores for each token
 
@@ -120,7 +120,7 @@ class ReferenceGPT2(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: list[int], max_tokens: int) -> list[int]:
-        """Greedy continuation, one token at a time, everything computed anew for each: slow and beyond doubt."""
+        """Greedy continuation, one token at a time, everything recomputed for each: slow, but beyond doubt."""
         device = self.wte.weight.device
         text = list(tokens)
         for _ in range(max_tokens):
@@ -139,7 +139,7 @@ class ReferenceGPT2(nn.Module):
 
 
 def initialize(model: nn.Module, config: GPT2Config, std: float = 0.02) -> None:
-    """GPT-2's start: N(0, 0.02), residual projections smaller by sqrt(number of residual additions), biases 0."""
+    """Initial weights: N(0, 0.02), residual projections smaller by sqrt(number of residual additions), biases 0."""
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             nn.init.constant_(parameter, 1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)

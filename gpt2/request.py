@@ -1,4 +1,4 @@
-"""What the engine is asked for and what it answers: a request with its samples, a completion with its outputs.
+"""What the engine takes and what it returns: a request with its samples, and a completion with its outputs.
 
 Plain Python over ints and text. Everything that can be wrong with a prompt and its parameters is found here, before any
 work.
@@ -23,7 +23,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads sample numbers over 
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
-    """A generated token's log-probability, and those of the likeliest tokens at its place."""
+    """A generated token's log-probability, and those of the likeliest tokens at its position."""
 
     token: int
     logprob: float
@@ -32,7 +32,7 @@ class Logprob:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One sample: its text, and its tokens with the one that ended it, if one did."""
+    """One sample: its text, and its tokens, including the one that ended it, if any."""
 
     text: str
     tokens: list[int]
@@ -42,17 +42,17 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What became of one request: `n` outputs, in the order of their sample numbers."""
+    """The result of one request: `n` outputs, in the order of their sample numbers."""
 
     prompt_tokens: list[int]
     outputs: list[Output]
     request_id: int = -1
-    seed: int = 0  # that of the parameters, or the fresh one that was drawn
+    seed: int = 0  # the parameters' seed, or the fresh one that was drawn
 
 
 @dataclasses.dataclass(eq=False)
 class Sample:
-    """A sequence in the making."""
+    """A sequence being generated."""
 
     request: Request
     sequence: scheduler.Sequence
@@ -67,7 +67,7 @@ class Sample:
         params, known = self.request.params, self.sequence.tokens
         ends = params.stop_token_ids if params.ignore_eos else (eos_token_id, *params.stop_token_ids)
         if not any(end in tokens for end in ends) and (not params.stop or self.stream.extend(tokens)):
-            known += tokens  # as nearly always: nothing ends it early
+            known += tokens  # the usual case: nothing ends it early
             if params.stop:
                 self.read = len(known)
             if len(known) == self.sequence.max_length:
@@ -77,7 +77,7 @@ class Sample:
             known.append(token)
             if token in ends:
                 self._read(len(known) - 1)
-                self.read = len(known)  # it is no text
+                self.read = len(known)  # it is not part of the text
                 self.finish("stop")
             else:
                 self._read(len(known))
@@ -91,7 +91,7 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """What is certain of the text so far."""
+        """The part of the text that can no longer change."""
         self._read(len(self.sequence.tokens))
         return self.stream.text
 
@@ -103,7 +103,7 @@ class Sample:
         self.read = max(self.read, count)
 
     def finish(self, reason: str) -> None:
-        """End the text, for a reason that gives way to a stop string found in its last characters."""
+        """End the text; a stop string found in its last characters overrides `reason`."""
         self._read(len(self.sequence.tokens))
         self.stream.finish()
         self.finish_reason = "stop" if self.stream.stopped else reason
@@ -112,9 +112,9 @@ class Sample:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt, what is wanted of it, and the samples that it becomes."""
+    """A prompt, its parameters, and the samples generated from it."""
 
-    number: int  # the engine's, once it is queued
+    number: int  # given by the engine once it is queued
     prompt: list[int]
     params: SamplingParams
     seed: int
@@ -145,7 +145,7 @@ def make_request(
     tokenizer: tiktoken.Encoding | None,
     fresh_seed: Callable[[], int],
 ) -> Request:
-    """A request whose prompt and parameters fit the model; ValueError, naming the option, where they do not.
+    """A request whose prompt and parameters fit the model; ValueError, naming the option, if they do not.
 
     fresh_seed draws the seed, below 2^63, of a request whose parameters have none.
     """
@@ -196,7 +196,7 @@ def _encode(prompt: str | Sequence[int], config: GPT2Config, tokenizer: tiktoken
 
 
 def _token(token: object, most: int) -> int:
-    """A token id as an int; numpy's and torch's integers will do as well."""
+    """A token id as an int; numpy's and torch's integers are accepted too."""
     try:
         number = -1 if isinstance(token, bool) else operator.index(token)  # type: ignore[arg-type]
     except TypeError:

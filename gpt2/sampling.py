@@ -8,27 +8,27 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_STOP_STRINGS = 16
-MAX_LOGPROBS = 1024  # at each place: the device keeps room for them for every text of a batch
+MAX_LOGPROBS = 1024  # per token: the device reserves room for them for every text of a batch
 MAX_SAMPLES = 4096  # of one request: each holds a copy of the prompt and waits in the queue
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """Parameters of one request; every value is checked when it is made, and a bad one raises ValueError."""
+    """Parameters of one request, checked on construction: a bad value raises ValueError."""
 
     max_tokens: int = 64  # most tokens to generate
     temperature: float = 1.0  # divides the logits; 0 is greedy
     top_k: int = 40  # only the k likeliest tokens; 0 is off
     top_p: float = 1.0  # only the fewest tokens whose probabilities reach it; 1 is off
-    min_p: float = 0.0  # only tokens at least this share of the likeliest one's probability; 0 is off
+    min_p: float = 0.0  # only tokens with at least this fraction of the likeliest one's probability; 0 is off
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the text so far become less likely
     seed: int | None = None  # same seed, same text; None draws a fresh one, which the Completion reports
     n: int = 1  # samples of the same prompt, at most 4096; sample i draws with (seed, i, position)
     stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
     stop_token_ids: tuple[int, ...] = ()  # tokens that end it, besides <|endoftext|>
-    ignore_eos: bool = False  # write on after <|endoftext|>
-    logprobs: int = 0  # report this many of the likeliest tokens at each place, at most 1024; 0 is off
-    on_overflow: str = "error"  # prompt + max_tokens beyond the context: "error" refuses, "stop" ends the text there
+    ignore_eos: bool = False  # continue past <|endoftext|>
+    logprobs: int = 0  # report this many of the likeliest tokens at each position, at most 1024; 0 is off
+    on_overflow: str = "error"  # if prompt + max_tokens exceed the context: "error" refuses, "stop" ends the text there
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -57,7 +57,7 @@ def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
 
 
 def _number(is_right: Callable[[float], bool]) -> Callable[[Any], bool]:
-    """Compared with its bounds, which NaN is not within, and never converted: no float may hold an integer."""
+    """Compared with its bounds, which exclude NaN, and never converted: an integer may be too large for a float."""
     return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and is_right(v)
 
 

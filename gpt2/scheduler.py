@@ -1,8 +1,8 @@
 """Which tokens the model computes next: continuous batching over a pool of cache blocks. Plain Python over ints.
 
-`Scheduler.schedule` makes a plan, the engine has the device carry it out, `Scheduler.commit` notes that it has been
-started. A plan may be made before the results of the last one are known: the device does things in the order in which
-they were started, and a text grows by one token a step until it ends, so that its length is known in advance.
+`Scheduler.schedule` makes a plan, the engine launches it on the device, and `Scheduler.commit` records that it was
+started. A plan may be made before the results of the previous one are known: the device executes work in launch order,
+and a text grows by one token per step until it ends, so its length is known in advance.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpt2.blocks import BlockPool, chain_hashes
 class Family:
     """The samples of one request: they have the same prompt, and share its blocks."""
 
-    holder: Sequence | None = None  # the running sample that computes the prompt, or that has done so
+    holder: Sequence | None = None  # the running sample that computes, or has computed, the prompt
     hashes: list[bytes] | None = None  # of the prompt's full blocks, once the first sample is queued
 
 
@@ -27,12 +27,12 @@ class Sequence:
 
     tokens: list[int]  # the prompt, then what was generated and has come back from the device
     prompt_length: int
-    max_length: int  # prompt and output together end here at the latest
+    max_length: int  # most tokens of prompt and output together
     family: Family = dataclasses.field(default_factory=Family)
     blocks: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0  # prompt tokens whose keys and values are in the cache
-    planned: int = 0  # length once everything that was started is done, unless the text ends earlier
-    swapped: bool = False  # its keys and values are in host memory, and it waits to go on
+    planned: int = 0  # length once all work started so far is done, unless the text ends earlier
+    swapped: bool = False  # its keys and values are in host memory, and it waits to resume
 
     @property
     def prefilling(self) -> bool:
@@ -43,7 +43,7 @@ class Sequence:
         return self.family.hashes or []
 
     def blocks_for(self, length: int, block_size: int) -> int:
-        """Blocks that this text fills at a length; its last token is not fed back yet, so it needs no room."""
+        """Blocks that this text needs at `length`; its last token has not been fed back yet, so it needs no slot."""
         return (min(length, self.max_length) - 2) // block_size + 1
 
 
@@ -57,7 +57,7 @@ class Chunk:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the prompt ends with it, so that a token can be drawn."""
+        """Whether the prompt ends with this chunk, so that a token can be drawn."""
         return self.last == self.sequence.prompt_length
 
 
@@ -68,7 +68,7 @@ class Plan:
     swap_out: list[tuple[Sequence, list[int]]] = dataclasses.field(default_factory=list)  # save these blocks' contents
     swap_in: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)  # restore them, from this index on
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # from block, to block
-    decode: list[Sequence] = dataclasses.field(default_factory=list)  # `steps` more tokens for each, or to its end
+    decode: list[Sequence] = dataclasses.field(default_factory=list)  # `steps` more tokens for each, or until it ends
     steps: int = 0
     grown: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)  # and the first index of its new blocks
     prefill: list[Chunk] = dataclasses.field(default_factory=list)
@@ -79,16 +79,16 @@ class Plan:
 
 
 class Scheduler:
-    """Admits waiting sequences in order, cuts prompts into chunks, and lets everything else decode.
+    """Admits waiting sequences in order, prefills prompts in chunks, and decodes everything else.
 
     Invariants:
-    - Every running sequence arrived before every waiting one, and both stand in order of arrival. The oldest is never
-      preempted while another runs, and alone it fits: no request starves.
-    - A sequence holds the blocks of all its computed tokens. When blocks run out the youngest running sequence gives
-      its own back: a prompt that is not complete begins anew, any other text is saved to host memory and restored, so
-      that nothing of it is computed a second time.
-    - A block is written by one sequence. Shared are the full blocks of a prompt, once prefill has computed them; a
-      sample that joins another one's prompt gets a copy of the block in which both go on writing.
+    - Every running sequence arrived before every waiting one, and both are kept in order of arrival. The oldest is
+      never preempted while another runs, and by itself it fits: no request starves.
+    - A sequence holds the blocks of all its computed tokens. When blocks run out, the youngest running sequence is
+      preempted: an incomplete prompt starts over; any other text is swapped out to host memory and restored later, so
+      that none of it is recomputed.
+    - A block is written by one sequence. The full blocks of a prompt are shared once prefill has computed them; a
+      sample that joins another's prompt gets its own copy of the block that both write next.
     """
 
     def __init__(self, pool: BlockPool, *, max_batch: int, prefill_tokens: int, prefix_caching: bool) -> None:
@@ -102,7 +102,7 @@ class Scheduler:
         self.preemptions = 0
 
     def check(self, sequence: Sequence) -> None:
-        """Raise ValueError where the whole cache could not hold a sequence."""
+        """Raise ValueError if even the whole cache could not hold a sequence."""
         needed = sequence.blocks_for(sequence.max_length, self.pool.block_size)
         if needed > self.pool.num_blocks:
             raise ValueError(
@@ -114,21 +114,21 @@ class Scheduler:
         """Queue a sequence, which `check` must accept."""
         self.check(sequence)
         if self.prefix_caching and sequence.family.hashes is None:
-            # The last token of a prompt is computed in any case: its logits decide what comes next.
+            # The last token of a prompt is always computed: its logits decide what comes next.
             shared = sequence.tokens[: sequence.prompt_length - 1]
             sequence.family.hashes = chain_hashes(shared, self.pool.block_size)
         sequence.planned = sequence.prompt_length
         self.waiting[sequence] = None
 
     def schedule(self, steps: int = 1) -> Plan:
-        """What to compute next, at most `steps` tokens for each text; an empty plan where there is nothing to start.
+        """What to compute next, at most `steps` tokens for each text; an empty plan if there is nothing to start.
 
-        While prompts are being computed, texts get one token at a time, so that neither waits long for the other.
+        While prompts are being computed, texts decode one token at a time, so that neither waits long for the other.
         """
         plan = Plan()
         before = self.preemptions
         self._grow(plan, 1 if any(s.prefilling for s in self.running) else steps)
-        if self.preemptions == before:  # or the newcomer would take what was just given up
+        if self.preemptions == before:  # otherwise a newcomer would take the blocks just given up
             self._admit(plan)
         budget = self.prefill_tokens
         for s in self.running:
@@ -139,7 +139,7 @@ class Scheduler:
         return plan
 
     def commit(self, plan: Plan) -> None:
-        """Note that a plan was started, and publish the blocks of prompts that it fills."""
+        """Record that a plan was started, and publish the prompt blocks that it fills."""
         size = self.pool.block_size
         for s in plan.decode:
             s.planned = min(s.planned + plan.steps, s.max_length)
@@ -151,7 +151,7 @@ class Scheduler:
             s.planned += chunk.is_complete
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or not, and give its blocks back."""
+        """Forget a sequence, finished or not, and release its blocks."""
         self.running.pop(sequence, None)
         self.waiting.pop(sequence, None)
         self._release(sequence)
@@ -171,7 +171,7 @@ class Scheduler:
             sequence.family.holder = None
 
     def _grow(self, plan: Plan, steps: int) -> None:
-        """Find the blocks that every text needs to go on; takes fewer steps before it takes blocks from anybody."""
+        """Allocate the blocks that every text needs to continue; plans fewer steps before it preempts any sequence."""
         size = self.pool.block_size
         decoding = [s for s in self.running if s.computed >= s.prompt_length and s.planned < s.max_length]
         steps = min(steps, max((s.max_length - s.planned for s in decoding), default=0))
@@ -214,12 +214,12 @@ class Scheduler:
                 kept, length = self.pool.match(s.hashes), s.planned + 1
             elif holder is not None:
                 if holder.prefilling:
-                    return  # a moment later the prompt is in the cache
+                    return  # the prompt will soon be in the cache
                 kept, length = holder.blocks[: (s.prompt_length - 1) // size], s.prompt_length + 2
             else:
                 kept, length = self.pool.match(s.hashes), s.prompt_length + 2
             fresh = s.blocks_for(length, size) - len(kept)
-            # One block is left for each text under way, so that the newcomer does not drive one out at once.
+            # One block is left for each running text, so that admitting one does not cause a preemption at once.
             if fresh + len(self.running) > self.pool.available(keep=kept):
                 return
             self.pool.hold(kept)

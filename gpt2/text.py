@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and stop strings found across the borders of tokens."""
+"""Incremental detokenisation: whole characters only, and stop strings found across token boundaries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TextStream:
         return self._take(self._decoder.decode(self._bytes(token)))
 
     def extend(self, tokens: Sequence[int]) -> bool:
-        """Take many tokens at once, unless a stop string would be found: then nothing is taken, and False returned."""
+        """Take many tokens at once; if a stop string would be found, take nothing and return False."""
         if self._tokenizer is None or self.stopped:
             return True
         before = self._decoder.getstate()
@@ -42,7 +42,7 @@ class TextStream:
         return True
 
     def finish(self) -> str:
-        """Take the end of the output; returns the text that was held back."""
+        """End the output; returns the text that was held back."""
         if self._tokenizer is None or self.stopped:
             return ""
         certain = self._take(self._decoder.decode(b"", final=True))
@@ -63,7 +63,7 @@ class TextStream:
         return self._keep(text)
 
     def _keep(self, text: str) -> str:
-        """Take text in which there is no stop string, but for a tail that may begin one."""
+        """Take text without a stop string, holding back a tail that may begin one."""
         held = self._open_tail(text)
         text, self._held = text[: len(text) - held], text[len(text) - held :]
         self.text += text
@@ -77,7 +77,7 @@ class TextStream:
             return b""
 
     def _open_tail(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Length of the longest suffix of `text` that begins a stop string."""
         longest = min(len(text), max((len(s) for s in self._stop), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(s.startswith(text[-length:]) for s in self._stop):

@@ -1,6 +1,6 @@
 """Text to tokens and back: GPT-2's byte-level byte-pair encoding, read by tiktoken.
 
-A text is cut into words by one regular expression, each word is taken as its UTF-8 bytes, and pairs of neighbours are
+A text is split into words by one regular expression, each word is taken as its UTF-8 bytes, and adjacent pairs are
 merged in the order of a table learned once from data. Any text can be encoded, since the 256 bytes are tokens too.
 """
 
@@ -21,10 +21,10 @@ from gpt2.config import GPT2Config, preset_or_folder
 
 END_OF_TEXT = "<|endoftext|>"
 
-# How GPT-2 cuts a text into words: contractions, letters, digits, other marks, each with one space before it.
+# How GPT-2 splits a text into words: contractions; letters, digits or other marks, with at most one space before them.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-_FILES = (("tokenizer.tiktoken",), ("vocab.json", "merges.txt"), ("tokenizer.json",))  # the first that are there
+_FILES = (("tokenizer.tiktoken",), ("vocab.json", "merges.txt"), ("tokenizer.json",))  # the first set there is used
 
 STORYBOOK = Path(__file__).parent / "storybook"  # the model that ships with the package
 
@@ -37,7 +37,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> tiktoken.Encoding:
     `tokenizer.tiktoken`, `vocab.json` with `merges.txt`, `tokenizer.json`. A folder needs a path separator in its name
     ("./gpt2"), since a preset's name wins. nanoGPT's `ckpt.pt` with GPT-2's vocabulary has GPT-2's encoding.
 
-    Raises ValueError, naming the file, where there is no tokenizer or it is not GPT-2's kind of byte-level BPE.
+    Raises ValueError, naming the file, if there is no tokenizer or it is not GPT-2's kind of byte-level BPE.
     """
     found = preset_or_folder(name_or_path, "load_tokenizer")
     if isinstance(found, Path):
@@ -46,7 +46,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> tiktoken.Encoding:
         return _from_folder(STORYBOOK)
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as e:  # of the connection, which is tiktoken's affair
+    except OSError as e:  # of tiktoken's download
         reason = str(e).splitlines()[0] if str(e) else ""
         raise ValueError(
             f"load_tokenizer: {found!r}: GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR and could not be downloaded: "
@@ -57,7 +57,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> tiktoken.Encoding:
 def save_tokenizer(name_or_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Put the tokenizer of a preset or model folder into another folder, for `load_tokenizer` to read.
 
-    A folder's files are copied; GPT-2's vocabulary becomes `tokenizer.tiktoken`. Raises ValueError as load_tokenizer.
+    A folder's files are copied; GPT-2's vocabulary becomes `tokenizer.tiktoken`. Raises as load_tokenizer does.
     """
     found = preset_or_folder(name_or_path, "save_tokenizer")
     source = STORYBOOK if found == "storybook" else found
@@ -99,8 +99,8 @@ def _from_folder(folder: Path) -> tiktoken.Encoding:
 
 
 def _of_nanogpt(path: Path) -> tiktoken.Encoding:
-    """GPT-2's encoding, where a nanoGPT checkpoint, which has no tokenizer beside it, was trained on it."""
-    from gpt2.weights import nanogpt_checkpoint, nanogpt_config  # reads the file: torch is needed for nothing else here
+    """GPT-2's encoding, if a nanoGPT checkpoint, which has no tokenizer beside it, was trained with it."""
+    from gpt2.weights import nanogpt_checkpoint, nanogpt_config  # reads the file; nothing else here needs torch
 
     checkpoint = nanogpt_checkpoint(path)
     size = None if checkpoint is None else nanogpt_config(checkpoint).vocab_size
@@ -143,7 +143,7 @@ def _read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def _from_tokenizer_json(content: dict[str, Any], path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Ranks and special tokens of the file that the `tokenizers` library writes, where it says what GPT-2 does."""
+    """Ranks and special tokens of the file that the `tokenizers` library writes, if it describes what GPT-2 does."""
     model = content.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise ValueError(f"{path}: expected a BPE model, got {model.get('type')!r}")

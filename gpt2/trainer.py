@@ -1,10 +1,10 @@
 """What a training run updates: model, optimizer and data, one step at a time.
 
-    weights (float32) -> rounded to the arithmetic's type -> loss and gradients -> float32 gradients -> optimizer
+    weights (float32) -> rounded to the compute dtype -> loss and gradients -> float32 gradients -> optimizer
 
-One update takes `batch_size` windows of the data, some at a time and shared among the processes; their gradients add up
-to that of the mean over all their tokens, however they were divided. What update n sees and does depends on the recipe,
-n, and the state after update n - 1 alone.
+One update takes `batch_size` windows of the data, a few at a time and divided among the processes; their gradients add
+up to that of the mean loss over all their tokens, however they were divided. What update n sees and does depends only
+on the recipe, n, and the state after update n - 1.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Trainer:
             self._settle_buckets()
 
     def update(self, stop: int = 0) -> tuple[float, float, int]:
-        """One step: its loss, the length of its gradient, and the largest `stop` that any process was called with.
+        """One step: its loss, the norm of its gradient, and the largest `stop` that any process was called with.
 
-        Raises FloatingPointError, before the weights are touched, where the gradient is not finite.
+        Raises FloatingPointError, before the weights are touched, if the gradient is not finite.
         """
         recipe, world = self.recipe, self.world
         for group in (g for o in self.optimizers for g in o.param_groups):
@@ -82,7 +82,7 @@ class Trainer:
             wait = isinstance(self.objective, DistributedDataParallel) and not last
             with self.objective.no_sync() if wait else contextlib.nullcontext():
                 loss = self.objective(x, y) * (counted / targets)
-                (loss * world.size).backward()  # gradients are averaged over the processes, and should be added
+                (loss * world.size).backward()  # gradients are averaged over the processes, but should be summed
             total += loss.detach()
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip or math.inf)))
         loss_sum, stops, signals = world.sum(float(total), float(stop > 0), float(stop))
@@ -97,17 +97,17 @@ class Trainer:
         return loss_sum, norm, round(signals / stops) if stops else 0
 
     def _on_device(self, tokens: Tensor) -> Tensor:
-        """The same on the device; to a GPU through pinned memory, so that the host does not wait."""
+        """The tokens on the device; to a GPU through pinned memory, so that the host does not wait."""
         if self.world.device.type == "cpu":
             return tokens
         return tokens.pin_memory().to(self.world.device, non_blocking=True)
 
     def _settle_buckets(self) -> None:
-        """A backward pass whose gradients are dropped, so that DDP adds in one order from the first update on.
+        """Run a backward pass and drop its gradients, so that DDP adds in one order from the first update on.
 
-        DDP adds gradients bucket by bucket, and divides them into buckets anew after the first backward pass. Where a
-        gradient lies in a bucket decides the order in which three or more processes add: the update that follows a
-        --resume would differ from the same one in a run that was never interrupted.
+        DDP reduces gradients in buckets, and rebuilds the buckets after the first backward pass. A gradient's place in
+        its bucket decides the order in which three or more processes add it: without this, the update after a --resume
+        would differ from the same one in a run that was never interrupted.
         """
         tokens = torch.zeros((self.at_a_time, self.windows.context), dtype=torch.int64, device=self.world.device)
         self.objective(tokens, tokens).backward()
@@ -119,7 +119,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, tokens: np.ndarray) -> float:
-        """Mean loss in nats of every token of a text but the first, in consecutive windows."""
+        """Mean loss in nats over every token of a text but the first, in consecutive windows."""
         total, count = 0.0, 0
         for x, y in data.consecutive(tokens, self.windows.context, self.at_a_time * self.world.size):
             mine = slice(self.world.rank * self.at_a_time, (self.world.rank + 1) * self.at_a_time)
@@ -130,14 +130,14 @@ class Trainer:
         return total / tokens_seen
 
     def snapshot(self) -> GPT2 | None:
-        """The model in the arithmetic's type, in process 0; None in the others, which must call it too."""
+        """The model in the compute dtype, in process 0; None in the others, which must call it too."""
         tensors = {name: _kept(p.detach(), self.world) for name, p in self.parameters.items()}
         if self.world.rank:
             return None
         return filled(self.config, tensors, self.dtype).to(self.world.device).eval()
 
     def state(self) -> dict[str, Any]:
-        """All that the next steps depend on, whole and on the CPU in process 0. Every process must call it."""
+        """All that the next steps depend on, gathered on the CPU in process 0. Every process must call it."""
         return {
             "model": {name: _kept(p.detach(), self.world) for name, p in self.parameters.items()},
             "optimizers": [
@@ -151,7 +151,7 @@ class Trainer:
         }
 
     def restore(self, folder: Path, step: int) -> None:
-        """Be where the checkpoint in `folder` was made, after `step` steps."""
+        """Restore the state of the checkpoint in `folder`, made after `step` steps."""
         source = GPT2.from_pretrained(folder, device="cpu", dtype=torch.float32)
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         with torch.no_grad():
@@ -180,7 +180,7 @@ class _Objective(nn.Module):
 
 
 class _Rounded(nn.Module):
-    """A parameter as the arithmetic sees it; its gradient comes back in the parameter's own type."""
+    """A parameter in the compute dtype; its gradient comes back in the parameter's own dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -206,13 +206,13 @@ def _is_moment(value: Any) -> bool:
 
 
 def _kept(tensor: Tensor, world: World) -> Tensor:
-    """The whole of a tensor, a copy on the CPU in process 0; the other processes let go of it."""
+    """A copy of the full tensor on the CPU, in process 0; the other processes get an empty one."""
     full = whole(tensor)
     return full.detach().to("cpu", copy=True) if world.rank == 0 else full.new_empty(0)
 
 
 def filled(config: GPT2Config, tensors: dict[str, Tensor], dtype: torch.dtype) -> GPT2:
-    """A model with these weights, which need no gradient, in another type."""
+    """A model with these weights, converted to `dtype` and without gradients."""
     with torch.device("meta"):
         model = GPT2(config)
     for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""A training run: its loop, and what it keeps in its folder and tells of itself.
+"""A training run: its loop, what it keeps in its folder, and what it reports.
 
-A checkpoint holds all that the next update depends on (gpt2/trainer.py): an interrupted run goes on bit for bit.
+A checkpoint holds all that the next update depends on (gpt2/trainer.py): an interrupted run resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ SAMPLE_TOKENS = 48
 def train(recipe: Recipe, out: Path, *, resume: bool = False, device: str | None = None) -> int:
     """Run `recipe` in the folder `out`; the result is `out`/final, a Hugging Face folder.
 
-    With `resume` it goes on from the newest whole checkpoint there, or starts where there is none. SIGTERM and SIGINT
+    With `resume` it continues from the newest intact checkpoint there, or starts if there is none. SIGTERM and SIGINT
     save a checkpoint and end the run. Returns the exit status: 0, or 128 + the signal's number.
     Raises ValueError or OSError, having lost nothing but the steps since the last checkpoint.
     """
-    recipe.sequences_at_a_time(parallel.processes())  # before the processes look for each other
+    recipe.sequences_at_a_time(parallel.processes())  # before the processes connect
     with parallel.world(device) as world:
         return _Run(recipe, out, resume, world).go()
 
@@ -121,7 +121,7 @@ class _Run:
                 speed = (step - logged) / (time.perf_counter() - since)
                 self._progress(step, loss, norm, speed)
                 logged, since = step, time.perf_counter()
-            elif step == first:  # kernels were compiled: it counts in no rate, unless a line tells of it alone
+            elif step == first:  # it compiled kernels: no speed includes it, unless a line covers it alone
                 logged, since = step, time.perf_counter()
             paused = time.perf_counter()
             if step % self.every == 0 or step == last_step:
@@ -147,7 +147,7 @@ class _Run:
         )
 
     def _watch(self) -> float | None:
-        """The validation loss, where there is text for it, and a sample; both go to the metrics."""
+        """The validation loss, if there is text for it, and a sample; both go to the metrics."""
         trainer, step = self.trainer, self.trainer.step
         value = None if self.validation is None else trainer.evaluate(self.validation)
         if value is not None:
@@ -223,7 +223,7 @@ class _Run:
                 self.writer.add_scalar(name, value, step)
 
     def _cut_metrics(self, step: int) -> None:
-        """Leave out what was recorded after the checkpoint that the run goes on from: it is recorded again."""
+        """Drop what was recorded after the checkpoint that the run resumes from: it will be recorded again."""
         path = self.out / "metrics.jsonl"
         if path.exists():
             draft = path.with_suffix(".tmp")
@@ -235,15 +235,15 @@ class _Run:
 
 
 def flops_per_token(config: GPT2Config, context: int) -> float:
-    """Of forward and backward: 6 for each weight of a product, and causal attention's 12 L C T / 2."""
+    """For forward and backward: 6 for each weight in a product, plus causal attention's 12 L C T / 2."""
     weights = config.num_parameters - config.n_positions * config.n_embd  # the embedding is the output's matrix too
     return 6 * weights + 6 * config.n_layer * config.n_embd * context
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of a few square products of random numbers: what a step is measured against."""
+    """FLOP/s of the fastest of a few square products of random matrices: what a step is measured against."""
     size = 8192 if device.type == "cuda" else 1024
-    random = torch.Generator(device).manual_seed(0)  # the run's own numbers are left as they are
+    random = torch.Generator(device).manual_seed(0)  # the run's own random state is left alone
     a, b = (torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2))
     times = []
     for _ in range(6):
@@ -266,7 +266,7 @@ def sample(model: GPT2, tokenizer: tiktoken.Encoding, seed: int) -> str:
 
 
 def plot(metrics: Path, image: Path) -> None:
-    """Draw the losses, where matplotlib is installed."""
+    """Plot the losses, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -283,7 +283,7 @@ def plot(metrics: Path, image: Path) -> None:
 
 
 def _metrics(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of a metrics file that are records, and what they hold: the last may have been cut off."""
+    """The lines of a metrics file that are records, with their contents; the last may have been cut off."""
     found = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -303,7 +303,7 @@ def _tensorboard(out: Path) -> Any:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The signals that asked to end the run; a second SIGINT ends it at once."""
+    """The signals received that ask the run to end; a second SIGINT ends it at once."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -330,7 +330,7 @@ def _tokenizer_source(recipe: Recipe) -> str:
 
 
 def _model_of(recipe: Recipe) -> tuple[GPT2Config, tiktoken.Encoding]:
-    """The shape and the tokenizer of a run. Raises ValueError where `model`, `init` and tokenizer do not fit."""
+    """The shape and the tokenizer of a run. Raises ValueError if `model`, `init` and tokenizer do not match."""
 
     def config_of(name: str) -> GPT2Config:
         return PRESETS[name] if name in PRESETS else weights.config_of(name)
@@ -350,7 +350,7 @@ def _model_of(recipe: Recipe) -> tuple[GPT2Config, tiktoken.Encoding]:
 
 
 def _check_same(recipe: Recipe, config: GPT2Config, state: dict[str, Any]) -> None:
-    """A run goes on as it began. Raises ValueError naming what differs."""
+    """A run must continue as it began. Raises ValueError naming what differs."""
     now = {**recipe.decisive(), **dataclasses.asdict(config)}
     then = {**state["recipe"], **state["config"]}
     if wrong := [f"{key} was {then.get(key)!r}, got {value!r}" for key, value in now.items() if then.get(key) != value]:

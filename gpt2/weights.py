@@ -4,16 +4,16 @@ A folder holds `config.json` and the weights, in the first of these that it has:
 
     model.safetensors                   one file
     model.safetensors.index.json        several, named in the index
-    pytorch_model.bin                   one pickle, of which nothing but tensors is read
+    pytorch_model.bin                   one pickle, from which only tensors are read
     pytorch_model.bin.index.json        several of them
 
 The names inside are those of the model's parameters (`h.0.attn.c_attn.weight`), with or without `transformer.` before
 them. Matrices of the blocks are stored (in, out), as the original TensorFlow code had them, where `nn.Linear` keeps
-(out, in); they are turned on the way in and out.
+(out, in); they are transposed on the way in and out.
 
-nanoGPT's `ckpt.pt` is read too, named itself or by its folder: matrices (out, in), perhaps without biases, which are
-zeros here, perhaps under `_orig_mod.`, which torch.compile puts before names, and with a vocabulary padded from 50257
-to a multiple of 64, whose surplus rows stand for no token and are left out.
+nanoGPT's `ckpt.pt` is read too, given as the file or as its folder. Its matrices are (out, in). Missing biases become
+zeros, the prefix `_orig_mod.` that torch.compile puts before names is removed, and the surplus rows of a vocabulary
+padded from 50257 to a multiple of 64, which stand for no token, are left out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ STORYBOOK = Path(__file__).parent / "storybook"  # the model that ships with the
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _PREFIX = "transformer."
-_HEAD = "lm_head.weight"  # the output embedding, where a checkpoint repeats the input embedding under its second name
+_HEAD = "lm_head.weight"  # the output embedding, if a checkpoint repeats the input embedding under this name
 _STORED_IN_OUT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 _MASK = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$")  # the causal mask, which old checkpoints carry along
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -58,7 +58,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a model: a preset's name, or the path of a local folder.
 
     "storybook" is in the package; the four published sizes are downloaded once into the Hugging Face cache. A preset's
-    name wins over a folder of the same name, so a folder is written with a path separator ("./gpt2") or given as Path.
+    name wins over a folder of the same name, so a folder is given with a path separator ("./gpt2") or as a Path.
     """
     found = preset_or_folder(name_or_path, "from_pretrained")
     if isinstance(found, Path):
@@ -85,7 +85,7 @@ def load(
     `cls` is any module whose parameters are named and shaped as `shapes(config)` says. `device` is as for
     `gpt2.device.device_of`; `dtype` None is that of the file (float32 where the file mixes several, or holds float64).
 
-    Raises ValueError naming the file or the tensors, and loads nothing, where anything is missing, unknown, of another
+    Raises ValueError naming the file or the tensors, and loads nothing, if anything is missing, unknown, of another
     shape, truncated, or refused.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -103,8 +103,8 @@ def load(
         found = {tensor.dtype for tensor in stored.values()}
         dtype = next((kind for kind in DTYPES[:3] if found == {kind}), torch.float32)
 
-    # Built on the CPU without random numbers, the parameters are memory that was never touched and costs nothing; each
-    # is replaced on its final device, so that no more than one tensor exists twice.
+    # The model is built on the CPU without random numbers: its parameters are untouched memory, which costs nothing.
+    # Each is then replaced on its final device, so that at most one tensor exists twice.
     with _NoRandomStart(), torch.device("cpu"):
         model = cls(config)
     with torch.no_grad():
@@ -116,9 +116,9 @@ def load(
 
 
 def save(model: nn.Module, config: GPT2Config, folder: str | os.PathLike[str]) -> None:
-    """Write `config.json` and `model.safetensors`, as transformers' GPT2LMHeadModel does and reads.
+    """Write `config.json` and `model.safetensors`, as transformers' GPT2LMHeadModel writes and reads them.
 
-    Files appear under their names when they are complete; ones that were there are replaced.
+    Files appear under their names only once complete; existing ones are replaced.
     """
     parameters = dict(model.named_parameters())
     expected = shapes(config)
@@ -142,7 +142,7 @@ def save(model: nn.Module, config: GPT2Config, folder: str | os.PathLike[str]) -
         dtype = str(parameters["wte.weight"].dtype).removeprefix("torch.")
         drafts["config.json"].write_text(json.dumps(config.to_json(dtype), indent=2) + "\n", encoding="utf-8")
         save_file(tensors, drafts["model.safetensors"], metadata={"format": "pt"})
-        shutil.copymode(drafts["config.json"], drafts["model.safetensors"])  # safetensors writes for the owner alone
+        shutil.copymode(drafts["config.json"], drafts["model.safetensors"])  # safetensors lets only the owner read
         for name, draft in drafts.items():
             draft.replace(folder / name)
     finally:
@@ -177,9 +177,9 @@ def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 
 class _NoRandomStart(TorchFunctionMode):
-    """Modules built inside keep their parameters as allocated: filling 1.5 billion with normals takes half a minute.
+    """Modules built inside leave random parameters uninitialised: filling 1.5 billion takes half a minute.
 
-    Constants and buffers are filled as ever.
+    Constants and buffers are filled as usual.
     """
 
     SKIPPED = frozenset(
@@ -205,21 +205,21 @@ def _download(name: str) -> Path:
     try:
         wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         return Path(snapshot_download(repository, allow_patterns=wanted))
-    except Exception as e:  # of whatever library is below it: no connection, no disk space, a proxy's refusal
+    except Exception as e:  # from any library underneath: no connection, no disk space, a proxy's refusal
         raise ValueError(f"from_pretrained: {name!r} ({repository}) could not be downloaded: {_reason(e)}") from e
 
 
 class _Stored(NamedTuple):
-    """A tensor that lies in a file: known by its header, read when asked."""
+    """A tensor in a file, known by its header and read on demand."""
 
     name: str  # without prefix
     shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a str where we do not read that type
+    dtype: torch.dtype | str  # a str if we do not read that type
     read: Callable[[], Tensor]
 
 
 def _open(folder: Path) -> list[_Stored]:
-    """All tensors of a folder's weights, the mask buffers left out."""
+    """All tensors of a folder's weights, except the mask buffers."""
     for stem, suffix, reader in (("model", "safetensors", _open_safetensors), ("pytorch_model", "bin", _open_bin)):
         if (folder / f"{stem}.{suffix}").is_file():
             paths = [folder / f"{stem}.{suffix}"]
@@ -285,7 +285,7 @@ def _open_bin(path: Path) -> list[_Stored]:
 
 
 def nanogpt_checkpoint(path: Path) -> Path | None:
-    """The nanoGPT checkpoint that a path means: a file itself, or the `ckpt.pt` of a folder without config.json."""
+    """The nanoGPT checkpoint that a path names: the file itself, or the `ckpt.pt` of a folder without config.json."""
     if path.is_file():
         return path
     inside = path / "ckpt.pt"
@@ -293,7 +293,7 @@ def nanogpt_checkpoint(path: Path) -> Path | None:
 
 
 def nanogpt_config(path: Path, content: Any = None) -> GPT2Config:
-    """The shape that a nanoGPT checkpoint says it has, a padded vocabulary cut to GPT-2's. `content` if it is read."""
+    """The shape a nanoGPT checkpoint declares, with a padded vocabulary cut to GPT-2's. `content`, if already read."""
     content = _unpickle(path) if content is None else content
     arguments = content.get("model_args") if isinstance(content, Mapping) else None
     if not isinstance(arguments, Mapping) or not isinstance(content.get("model"), Mapping):
@@ -306,7 +306,7 @@ def nanogpt_config(path: Path, content: Any = None) -> GPT2Config:
     if isinstance(vocab, int) and _TOKENS < vocab < _TOKENS + 1024 and vocab % 64 == 0:
         sizes["vocab_size"] = vocab = _TOKENS
     try:
-        # nanoGPT's GELU is the erf form. Where the vocabulary is not GPT-2's, nothing says which token ends a text.
+        # nanoGPT's GELU is the erf form. If the vocabulary is not GPT-2's, nothing says which token ends a text.
         return GPT2Config(**sizes, n_positions=positions, activation_function="gelu", eos_token_id=vocab - 1)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{path}: {e}") from None
@@ -351,7 +351,7 @@ def _describe(content: object) -> str:
 
 
 def _expected(config: GPT2Config, tensors: list[_Stored], folder: Path) -> dict[str, tuple[int, ...]]:
-    """`shapes`, unless a config.json asks for so many blocks that to list them would take minutes, or for ever."""
+    """`shapes`, unless config.json asks for so many blocks that listing them would take minutes, or forever."""
     if config.n_layer > max(_LISTED, len(tensors)):
         asked = f"n_layer is {config.n_layer}, and there are {len(tensors)} tensors in all"
         raise ValueError(f"{folder}: the weights are not those of config.json: {asked}")
@@ -359,7 +359,7 @@ def _expected(config: GPT2Config, tensors: list[_Stored], folder: Path) -> dict[
 
 
 def _match(tensors: list[_Stored], config: GPT2Config, folder: Path) -> dict[str, _Stored]:
-    """The tensors by parameter name, once each of both is accounted for; otherwise one error that says it all."""
+    """The tensors by parameter name, if the two match one to one; otherwise one error that lists every mismatch."""
     expected = _expected(config, tensors, folder)
     found = {tensor.name: tensor for tensor in tensors}
     count = Counter(tensor.name for tensor in tensors)

@@ -1,6 +1,6 @@
 """`gpt2 serve`: the Explorer page and an OpenAI-compatible API over the batch engine.
 
-Needs the extra `serve` (starlette and uvicorn), which nothing else of the package does.
+Needs the extra `serve` (starlette and uvicorn), which nothing else in the package does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve until interrupted. ValueError or OSError where the options, the port or the model are no good."""
+    """Serve until interrupted. ValueError or OSError if the options, the port or the model are no good."""
     try:
         import uvicorn
 
@@ -35,8 +35,8 @@ def serve(options: argparse.Namespace) -> None:
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(options, name)}")
     key = _key(options.api_key)
-    name = pathlib.PurePath(options.model).name  # of a folder its own
-    listener = _listen(options.host, options.port)  # a port that is taken is told before a model is loaded
+    name = pathlib.PurePath(options.model).name  # a folder's own name
+    listener = _listen(options.host, options.port)  # a port in use is reported before a model is loaded
     with listener:
         model, tokenizer = load(options)
 
@@ -49,7 +49,7 @@ def serve(options: argparse.Namespace) -> None:
             limits=Limits(requests=options.max_requests, seconds=options.time_limit),
             api_key=key,
             origins=options.cors_origin,
-            # A name that somebody else's web page made point here gets no answer (DNS rebinding).
+            # A host name that another site has pointed here gets no answer (DNS rebinding).
             hosts=LOOPBACK if _is_loopback(options.host) else ("*",),
         )
         config = uvicorn.Config(
@@ -78,7 +78,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def warm_up(model: GPT2) -> None:
-    """Compile what is not compiled yet: a prompt's kernels, and a second token's, which is the first by decoding."""
+    """Compile what is not compiled yet: the kernels of prefill and, for the second token, those of decoding."""
     from gpt2.engine import Engine
     from gpt2.sampling import SamplingParams
 
@@ -86,7 +86,7 @@ def warm_up(model: GPT2) -> None:
 
 
 def _key(given: str | None) -> str | None:
-    """The key as given, or as the file behind @ holds it."""
+    """The key as given, or read from the file named after @."""
     if given is not None and given.startswith("@"):
         with open(given[1:], encoding="utf-8") as file:
             given = file.read().strip()

@@ -1,8 +1,8 @@
-"""The OpenAI completions protocol: what a client may ask for, and what it is answered.
+"""The OpenAI completions protocol: what a client may ask for, and what it gets back.
 
 Plain Python: a JSON object in, checked; JSON objects out. Everything wrong with a request becomes an ApiError, whose
-status and text the client sees. Ours beside OpenAI's fields: top_k, min_p, repetition_penalty, stop_token_ids and
-ignore_eos, with SamplingParams' meanings, and return_token_ids, which adds the ids of each choice's tokens.
+status and text the client sees. Beyond OpenAI's fields there are top_k, min_p, repetition_penalty, stop_token_ids and
+ignore_eos, as in SamplingParams, and return_token_ids, which adds the ids of each choice's tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_CHOICES = 128  # prompts times n of one request
 
 
 class ApiError(Exception):
-    """An answer that is no result: an HTTP status and OpenAI's error object."""
+    """An error as an answer: an HTTP status and OpenAI's error object."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class ApiError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """A request that has been checked; whether its prompts fit the model is found when they are queued."""
+    """A request that has been checked; whether its prompts fit the model is checked later."""
 
     prompts: list[str | list[int]]
     params: SamplingParams
@@ -52,7 +52,7 @@ class CompletionRequest:
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "n", "stop", "stop_token_ids", "ignore_eos",
 )  # fmt: skip
-# OpenAI's fields for what is not done here, each with the values that ask for nothing.
+# OpenAI's fields that are not supported, each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
@@ -144,12 +144,12 @@ def _is_ids(value: Any) -> bool:
 
 
 class Encoder:
-    """Prompts to the token ids that the model sees, which fit its context; an empty one is <|endoftext|>."""
+    """Turns prompts into token ids that fit the model's context; an empty one becomes <|endoftext|>."""
 
     def __init__(self, tokenizer: tiktoken.Encoding, config: GPT2Config) -> None:
         self._tokenizer = tokenizer
         self._config = config
-        # No text that fits is longer: others are refused before any time is spent on them.
+        # No text that fits is longer; longer ones are refused before any time is spent on them.
         self._longest = config.n_positions * max(len(content) for content in tokenizer.token_byte_values())
 
     def __call__(self, prompt: Any, param: str = "prompt", room: int = 0) -> list[int]:
@@ -185,7 +185,7 @@ def _kind(value: Any) -> str:
 
 
 def shorten(value: Any, *, quote: bool = True) -> str:
-    """What a client sent, to be quoted in an answer."""
+    """What a client sent, cut short enough to be quoted in an answer."""
     text = repr(value) if quote else value
     return text if len(text) <= 200 else text[:200] + "..."
 
@@ -210,7 +210,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 class Choice:
-    """One of a request's choices, written piece by piece: `take` turns what is new of an Output into a piece."""
+    """One of a request's choices, written piece by piece: `take` turns what is new in an Output into a piece."""
 
     def __init__(self, index: int, request: CompletionRequest, tokenizer: tiktoken.Encoding, prompt: list[int]) -> None:
         self.index = index
@@ -233,7 +233,7 @@ class Choice:
         return first
 
     def take(self, output: Output) -> dict[str, Any] | None:
-        """What is new since the last call; None where nothing is."""
+        """What is new since the last call; None if nothing is."""
         text, tokens = output.text[self._written :], output.tokens[self.tokens :]
         if self.finished or not (text or tokens or output.finish_reason):
             return None
@@ -259,7 +259,7 @@ class Choice:
             if s
             else None
             for s in scores
-        ]  # the chosen token is always there, as OpenAI says
+        ]  # the chosen token is always included, as OpenAI says
         return {
             "tokens": [token_text(self._tokenizer, t) for t in tokens],
             "token_logprobs": [_finite(s.logprob) if s else None for s in scores],
@@ -270,7 +270,7 @@ class Choice:
     def _place(self, token: int) -> int:
         """Where in the text the next token begins, in characters."""
         content = token_bytes(self._tokenizer, token)
-        if content and content[0] & 0xC0 != 0x80:  # a new character: what was left of one before it is U+FFFD
+        if content and content[0] & 0xC0 != 0x80:  # a new character: an incomplete one before it is U+FFFD
             self._start += len(self._decoder.decode(b"", final=True))
         place = self._start
         self._start += len(self._decoder.decode(content))
@@ -293,7 +293,7 @@ def _finite(logprob: float) -> float:
 
 
 def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
-    """The bytes of a token; none for a number that a padded vocabulary has beyond the tokenizer's."""
+    """The bytes of a token; empty for an id that only a padded vocabulary has."""
     try:
         return tokenizer.decode_single_token_bytes(token)
     except KeyError:
@@ -301,7 +301,7 @@ def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
 
 
 def token_text(tokenizer: tiktoken.Encoding, token: int) -> str:
-    r"""A token as OpenAI writes it: its text, or "bytes:\xe2\x80" where it is a part of a character."""
+    r"""A token as OpenAI writes it: its text, or "bytes:\xe2\x80" where it is part of a character."""
     content = token_bytes(tokenizer, token)
     try:
         return content.decode("utf-8")

@@ -50,7 +50,7 @@ class Writing:
         }
 
     async def begin(self) -> None:
-        """Queue the prompts, and score them where the answer repeats them; ValueError becomes the client's error."""
+        """Queue the prompts, and score them if the answer echoes them; ValueError becomes the client's error."""
         try:
             if self.wanted.max_tokens:
                 await self.worker.submit(self.job)
@@ -85,7 +85,7 @@ class Writing:
         for p, outputs in enumerate(self.job.outputs):
             for i, (choice, output) in enumerate(zip(self.choices[p], outputs)):
                 piece = choice.take(output)
-                assert piece is not None  # it ends
+                assert piece is not None  # it has ended
                 pieces.append(api.joined(finished[p][i], piece) if finished[p] else piece)
         self._measure(first=False)
         return {**self.head, "choices": pieces, "usage": self._usage()}
@@ -98,7 +98,7 @@ class Writing:
                     yield self._event([piece])
             first = True
             while True:
-                done = self._done  # asked before the outputs are looked at: what comes in between is not missed
+                done = self._done  # read before the outputs, so that nothing in between is missed
                 for p, outputs in enumerate(self.job.outputs):
                     for choice, output in zip(self.choices[p], outputs):
                         if (new := choice.take(output)) is not None:
@@ -116,7 +116,7 @@ class Writing:
                 yield self._event([], usage=self._usage())
             self._measure(first=False)
             yield "data: [DONE]\n\n"
-        except (ApiError, EngineError) as e:  # too late for a status
+        except (ApiError, EngineError) as e:  # too late for an HTTP status
             body = e.body if isinstance(e, ApiError) else ApiError(503, str(e)).body
             yield f"data: {api.dump_json(body)}\n\n"
         finally:

@@ -1,4 +1,4 @@
-"""What stands before the handlers: who may ask, and what one client may cost the others."""
+"""What stands in front of the handlers: who may ask, and what one client may cost the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpt2.explorer import api
 from gpt2.explorer.api import ApiError
 from gpt2.explorer.metrics import Metrics
 
-DRAIN_BYTES, DRAIN_SECONDS = 1 << 26, 10.0  # of a body nobody wants, read so that its sender hears the answer
+DRAIN_BYTES, DRAIN_SECONDS = 1 << 26, 10.0  # of an unwanted body, read so that its sender sees the answer
 
 Result = TypeVar("Result")
 
@@ -29,7 +29,7 @@ class Limits:
     """What one client may cost the others."""
 
     body_bytes: int = 1 << 20
-    body_seconds: float = 30.0  # until a body has come
+    body_seconds: float = 30.0  # until a body has arrived
     requests: int = 256  # at work or waiting; more are answered 429
     seconds: float = 600.0  # until an answer is complete
 
@@ -44,7 +44,7 @@ class Guard:
     async def content(self, request: Request) -> dict[str, Any]:
         """The JSON object that a client sends."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # what a form of another web page can send without asking
+        if kind != "application/json":  # another site's form can send other types without a preflight
             raise ApiError(415, f"the content type must be application/json, got {api.shorten(kind)}")
         limit = self.limits.body_bytes
         body = bytearray()
@@ -62,7 +62,7 @@ class Guard:
         return api.parse_json(bytes(body))
 
     def enter(self) -> Callable[[], None]:
-        """Count a request in; returns what counts it out, once."""
+        """Count a request in; returns a function that counts it out, once."""
         if self.active >= self.limits.requests:
             raise ApiError(429, f"{self.limits.requests} requests are at work; try again", code="too_many_requests")
         self.active += 1
@@ -75,7 +75,7 @@ class Guard:
         return stack.close
 
     async def answer(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, which is cancelled where the client goes away or the time is over."""
+        """The result of `work`, which is cancelled if the client goes away or the time is up."""
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_disconnect(request))
         try:
@@ -97,14 +97,14 @@ async def _disconnect(request: Request) -> None:
 
 
 class Json(JSONResponse):
-    """In ASCII, so that whatever a client sent can be quoted to it."""
+    """JSON in ASCII, so that whatever a client sent can be quoted back to it."""
 
     def render(self, content: Any) -> bytes:
         return api.dump_json(content).encode()
 
 
 class Bearer:
-    """Asks for a key wherever the model is at work; the paths of `free` are for everyone."""
+    """Requires a key, except for the paths in `free`, which are for everyone."""
 
     def __init__(self, app: ASGIApp, key: str, free: Collection[str]) -> None:
         self.app = app
@@ -114,7 +114,7 @@ class Bearer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self.free:
             scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-            # Names of schemes are written in either case (RFC 9110, 11.1); keys are compared in constant time.
+            # Scheme names are case-insensitive (RFC 9110, 11.1); keys are compared in constant time.
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self.key):
                 error = ApiError(401, "a bearer key is needed: Authorization: Bearer KEY", code="invalid_api_key")
                 await Json(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
@@ -123,10 +123,10 @@ class Bearer:
 
 
 class Gate:
-    """Around everything: counts answers, and reads what is left of a body before an answer to it begins.
+    """The outermost layer: counts answers, and reads what is left of a body before an answer to it begins.
 
-    A server that answers and closes with unread data in its socket makes the system reset the connection, and the
-    client may never see why it was refused.
+    If a server answers and closes a socket with unread data, the system resets the connection, and the client may
+    never see why it was refused.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -154,7 +154,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status != 408:  # that one waited long enough
+                if status != 408:  # that one has waited long enough
                     with contextlib.suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(drain(), DRAIN_SECONDS)
             await send(message)

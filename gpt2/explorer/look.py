@@ -1,6 +1,6 @@
 """What the model makes of a text: how likely each of its tokens was, what may come next, and what each attended to.
 
-All of it is exact and comes from the model's own operators: attention from `gpt2_kernels.attention_map`, that is from
+All of it is exact and comes from the model's own operators: attention from `gpt2_kernels.attention_map`, that is, from
 the fused forward's logsumexp. Tokens are lists of ids, 1..n_positions of them; results are plain Python.
 """
 
@@ -16,7 +16,7 @@ from gpt2.model import GPT2
 from gpt2.request import Logprob
 
 ROWS = 64  # of logits, or of averaged attention, that exist at once: a row of logits is 200 KB at 50257 tokens
-WHOLE = 128  # attention to every token is given up to this length; of longer texts each row's TOP_M largest shares
+WHOLE = 128  # up to this length attention to every token is given; beyond it, each row's TOP_M largest shares
 TOP_M = 32
 LIKELIEST = 1000  # next tokens whose probabilities are given
 TEMPERATURES = tuple(round(0.05 * step, 2) for step in range(2, 41))  # 0.1 .. 2.0
@@ -24,10 +24,10 @@ TEMPERATURES = tuple(round(0.05 * step, 2) for step in range(2, 41))  # 0.1 .. 2
 
 @dataclasses.dataclass(frozen=True)
 class Next:
-    """The distribution of the next token, in a form that a reader can reshape exactly without the whole of it.
+    """The distribution of the next token, in a form that a reader can reshape exactly without all of it.
 
-    At temperature t, of TEMPERATURES, with the top k tokens (0 is all of them), token i has the probability
-    exp(l[i] / t - z), where z is log_sums of t for all tokens, and logsumexp(l[:k] / t) otherwise.
+    At temperature t, one of TEMPERATURES, with the top k tokens (0 is all of them), token i has the probability
+    exp(l[i] / t - z), where z is t's entry in log_sums if k is 0, and logsumexp(l[:k] / t) otherwise.
     """
 
     tokens: list[int]  # likeliest first
@@ -41,7 +41,7 @@ class Attention:
 
     keys: list[list[int]]
     shares: list[list[float]]
-    whole: bool  # every token that row i can see is there; else its TOP_M alone
+    whole: bool  # every token that row i can see is there; else only its TOP_M
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def attention(model: GPT2, tokens: list[int], layer: int | None = None, head: in
     if not result:
         ranked = mean.sort(dim=-1, descending=True, stable=True)
         result = [ranked.indices[:, :top_m], ranked.values[:, :top_m]]
-    keys, shares = ([row[: i + 1] for i, row in enumerate(part.tolist())] for part in result)  # what follows has 0
+    keys, shares = ([row[: i + 1] for i, row in enumerate(part.tolist())] for part in result)  # later tokens have 0
     return Attention(keys, shares, whole=top_m == T)
 
 

@@ -5,8 +5,8 @@
     POST /v1/completions   GET /v1/models  /v1/models/NAME   /v1/chat/completions says why not
     GET  /health  /metrics
 
-Every answer but the page and the metrics is JSON, an error OpenAI's error object. A client that goes away, or a time
-limit that passes, ends its request in the engine.
+Every answer but the page and the metrics is JSON, and every error OpenAI's error object. If a client goes away or the
+time limit passes, its request in the engine is ended.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def create_app(
     origins: Sequence[str] = (),
     hosts: Sequence[str] = ("*",),
 ) -> Starlette:
-    """The server of an engine with a tokenizer, which it owns from then on, as an ASGI application.
+    """An ASGI application that serves an engine with a tokenizer, and owns the engine from then on.
 
-    name: what clients call the model. api_key: what they must send as bearer token. origins: web pages of other origins
-    that may ask (CORS). hosts: the names under which the server answers.
+    name: what clients call the model. api_key: what they must send as bearer token. origins: other origins whose web
+    pages may ask (CORS). hosts: the host names that the server answers to.
     """
     server = _Server(engine, name, limits or Limits())
     middleware = [
@@ -102,9 +102,9 @@ def create_app(
 
 
 class Server(uvicorn.Server):
-    """A uvicorn for `create_app`: told to stop, it ends what is under way, so that no client holds up the end.
+    """A uvicorn server for `create_app`: when told to stop, it ends running requests, so that none delays the shutdown.
 
-    Each hears of it: a 503, or an error in its stream. uvicorn alone would wait, cancel, and log a traceback for each.
+    Each client is told: a 503, or an error in its stream. uvicorn alone would wait, cancel, and log a traceback each.
     """
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -264,7 +264,7 @@ class _Server:
         try:
             text = content.decode()
         except UnicodeDecodeError:
-            text = None  # a part of a character
+            text = None  # part of a character
         return {"id": token, "text": text, "bytes": content.hex(" ")}
 
     # -- operation

@@ -3,8 +3,8 @@
     handler (asyncio) -- submit, drop, run --> inbox --> engine thread: inbox, step, inbox, step ...
                       <-- job.outputs, event --------------------------'
 
-An Engine is not for several threads, so this one alone touches it and its model. What a handler wants is done between
-two steps; what a step brought reaches all handlers by one wake-up of their event loop.
+An Engine is not thread-safe, so only this thread touches it and its model. What a handler wants is done between two
+steps; the results of a step reach all handlers with one wake-up of their event loop.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Job:
     def __init__(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, follow: bool) -> None:
         self.prompts = prompts
         self.params = params
-        self.follow = follow  # hear of every step, and not of the end alone
+        self.follow = follow  # hear of every step, not only of the end
         self.outputs: list[Sequence[Output]] = [()] * len(prompts)  # of each prompt, as far as they have got
         self.completions: list[Completion | None] = [None] * len(prompts)
         self.error: EngineError | None = None
@@ -50,7 +50,7 @@ class Job:
         return all(c is not None for c in self.completions)
 
     async def wait(self) -> None:
-        """Return once something is new since the last call; raises EngineError where the engine failed."""
+        """Return once something is new since the last call; raises EngineError if the engine failed."""
         await self.changed.wait()
         self.changed.clear()
         if self.error:
@@ -73,7 +73,7 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread after the step under way; what is unfinished is given up."""
+        """End the thread after the current step; unfinished work is abandoned."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -82,7 +82,7 @@ class Worker:
         return self._thread.is_alive() and not self._stopped
 
     async def submit(self, job: Job) -> None:
-        """Queue all prompts of a job; ValueError, and none queued, where one does not fit the model."""
+        """Queue all prompts of a job; ValueError, with none queued, if one does not fit the model."""
         try:
             await self.run(lambda: self._add(job))
         except asyncio.CancelledError:
@@ -90,7 +90,7 @@ class Worker:
             raise
 
     def drop(self, job: Job) -> None:
-        """Nobody waits for this job any more: end what of it is unfinished. Harmless at any time."""
+        """Nobody waits for this job any more: end whatever of it is unfinished. Harmless at any time."""
         self._inbox.put(lambda: self._end(job))
 
     async def run(self, work: Callable[[], Result]) -> Result:
@@ -129,7 +129,7 @@ class Worker:
             self._empty_inbox()
 
     def _attend_to_inbox(self) -> bool:
-        """Do what handlers want, and wait for it where there is no other work; False is the end."""
+        """Run the handlers' tasks, waiting for one if there is no other work; False means stop."""
         wait = not self.engine.unfinished
         while True:
             try:
@@ -162,7 +162,7 @@ class Worker:
             if job is None or any(output.finish_reason == "abort" for output in completion.outputs):
                 continue  # dropped, or ended by the failure
             del self._places[completion.request_id]
-            job.outputs[index] = completion.outputs  # first: who finds the job done finds all of them
+            job.outputs[index] = completion.outputs  # first: whoever finds the job done finds all of them
             job.completions[index] = completion
             if job.follow or job.done:
                 changed.add(job)
@@ -175,9 +175,9 @@ class Worker:
             self._fail(failure)
 
     def _check_device(self) -> None:
-        """Raise, which ends the thread, where the GPU takes no more work from this process.
+        """Raise, which ends the thread, if the GPU takes no more work from this process.
 
-        So it is after an illegal access to memory; not where it had too little memory left, say.
+        That is so after an illegal memory access, but not after running out of memory, say.
         """
         device = self.engine.model.device
         if device.type == "cuda":

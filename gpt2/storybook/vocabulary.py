@@ -1,4 +1,4 @@
-"""How `tokenizer.tiktoken` in this folder was made: a byte-level BPE learned from the texts that storybook read.
+"""How `tokenizer.tiktoken` in this folder was made: a byte-level BPE learned from storybook's training texts.
 
 pip install tokenizers
 python -m gpt2.storybook.vocabulary storybook.txt tokenizer.tiktoken
