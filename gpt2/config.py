@@ -65,7 +65,7 @@ class GPT2Config:
 
     @property
     def activation(self) -> str:
-        """The name that `gpt2_kernels.linear` and torch's GELU know: "gelu_tanh" or "gelu"."""
+        """The `activation` of `gpt2_kernels.linear`: "gelu_tanh" or "gelu"."""
         return _ACTIVATIONS[self.activation_function]
 
     def attention_scale(self, layer: int) -> float:

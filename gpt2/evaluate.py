@@ -4,8 +4,8 @@
 
 For perplexity every token of the text is scored once. A window of `context` tokens moves by `stride` and scores the
 tokens that no earlier window has reached, each given at least context - stride preceding tokens, if the text has them.
-A smaller stride costs more windows and gives each token more context: at 1 the score is exact, at `context` the windows
-share nothing, and their first tokens are predicted from nothing.
+A smaller stride costs more windows and gives each token more context: at 1 the score is exact, and at context - 1, the
+largest, the first token that a window scores has one token before it.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def score(
     if len(tokens) < 2:
         raise ValueError(f"there must be at least 2 tokens, got {len(tokens)}")
     sequence = torch.tensor(tokens)
-    if not 0 <= int(sequence.min()) <= int(sequence.max()) < model.config.vocab_size:
-        raise ValueError(f"tokens must lie in 0..{model.config.vocab_size - 1}, got {int(sequence.max())}")
+    least, most = int(sequence.min()), int(sequence.max())
+    if least < 0 or most >= model.config.vocab_size:
+        raise ValueError(f"tokens must lie in 0..{model.config.vocab_size - 1}, got {least if least < 0 else most}")
     total = 0.0
     waiting: list[tuple[int, int, int]] = []
     todo = windows(len(tokens), context, stride)

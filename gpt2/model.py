@@ -66,7 +66,7 @@ class GPT2(nn.Module):
         return "weight_scale" in self.wte._buffers
 
     def quantize_(self) -> GPT2:
-        """Round all matrices to int8, with a scale for each output, for generation on a CPU; the rest is bfloat16.
+        """Round all matrices but wpe to int8, with a scale per output, for generation on a CPU; the rest is bfloat16.
 
         The parameters keep their names; each matrix gets a buffer `weight_scale` beside it. Such a model can neither be
         trained nor saved as a checkpoint; a second call changes nothing.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from gpt2.config import GPT2Config
 from gpt2.model import GPT2
 from gpt2.parallel import World, share, whole
 from gpt2.recipe import Recipe
+
+STOPS = (signal.SIGINT, signal.SIGTERM)  # the signals that end a run after the step, with a checkpoint
 
 
 class Trainer:
@@ -63,7 +66,8 @@ class Trainer:
             self._settle_buckets()
 
     def update(self, stop: int = 0) -> tuple[float, float, int]:
-        """One step: its loss, the norm of its gradient, and the largest `stop` that any process was called with.
+        """One step: its loss, the norm of its gradient, and the largest `stop` that any process was called with, a
+        signal of STOPS or 0.
 
         Raises FloatingPointError, before the weights are touched, if the gradient is not finite.
         """
@@ -85,7 +89,7 @@ class Trainer:
                 (loss * world.size).backward()  # gradients are averaged over the processes, but should be summed
             total += loss.detach()
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip or math.inf)))
-        loss_sum, stops, signals = world.sum(float(total), float(stop > 0), float(stop))
+        loss_sum, *asked = world.sum(float(total), *(float(stop == number) for number in STOPS))
         if not math.isfinite(loss_sum) or not math.isfinite(norm):
             self._clear()
             got = f"loss {loss_sum} and a gradient of length {norm} at step {self.step + 1}"
@@ -94,7 +98,7 @@ class Trainer:
             optimizer.step()
         self._clear()
         self.step += 1
-        return loss_sum, norm, round(signals / stops) if stops else 0
+        return loss_sum, norm, max((number for number, processes in zip(STOPS, asked) if processes), default=0)
 
     def _on_device(self, tokens: Tensor) -> Tensor:
         """The tokens on the device; to a GPU through pinned memory, so that the host does not wait."""

@@ -30,7 +30,7 @@ from gpt2.parallel import World
 from gpt2.recipe import Recipe
 from gpt2.sampling import SamplingParams
 from gpt2.tokenizer import load_tokenizer, save_tokenizer
-from gpt2.trainer import Trainer, filled
+from gpt2.trainer import STOPS, Trainer, filled
 
 SAMPLE_TOKENS = 48
 
@@ -311,7 +311,7 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in STOPS}
     try:
         yield received
     finally:

@@ -81,6 +81,8 @@ def test_bad_values(options: dict[str, Any], message: str) -> None:
         score(model, [1])
     with pytest.raises(ValueError, match=r"tokens must lie in 0..287, got 300"):
         score(model, [1, 300])
+    with pytest.raises(ValueError, match=r"tokens must lie in 0..287, got -1"):
+        score(model, [1, -1])
 
 
 def test_command(tmp_path: Path, production: torch.device, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 PATHS = (
-    "/", "/v1/completions", "/v1/chat/completions", "/v1/models", "/explorer/model", "/explorer/look",
-    "/explorer/attention", "/health", "/metrics",
+    "/", "/explorer.css", "/explorer.js", "/explorer/model", "/explorer/look", "/explorer/attention", "/v1/completions",
+    "/v1/chat/completions", "/v1/models", "/health", "/metrics",
 )  # fmt: skip
 
 # The engine's own counters, stats() -> (name, kind, meaning).

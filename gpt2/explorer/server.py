@@ -5,8 +5,8 @@
     POST /v1/completions   GET /v1/models  /v1/models/NAME   /v1/chat/completions says why not
     GET  /health  /metrics
 
-Every answer but the page and the metrics is JSON, and every error OpenAI's error object. If a client goes away or the
-time limit passes, its request in the engine is ended.
+Answers are JSON, but for the page, the metrics and streamed completions; errors are OpenAI's error object. If a client
+goes away or the time limit passes, its request in the engine is ended.
 """
 
 from __future__ import annotations
