@@ -1,1 +1,1 @@
-"""Benchmarks against peers, and what the compiler makes of every kernel without a GPU (offline.py)."""
+"""Benchmarks against peers, and what every kernel compiles to, without a GPU (offline.py)."""

@@ -1,6 +1,6 @@
-"""What `gpt2_kernels.apply` costs the host: modules at a size where calling them is most of the work, before and after.
+"""What `gpt2_kernels.apply` costs the host: modules before and after it, at a size where call overhead dominates.
 
-The clock is the wall's, so that a GPU's queue hides nothing: 8 tokens of width 768 keep no device busy.
+Timed by the wall clock, so that a GPU's queue hides nothing: 8 tokens of width 768 keep no device busy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _attend(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def modules(width: int, heads: int) -> dict[str, tuple[nn.Module, Callable[[nn.Module], Callable[[Tensor], Tensor]]]]:
-    """Name -> a module, and how it is called on x (B, T, width)."""
+    """Name -> a module, and how to call it on x (B, T, width)."""
 
     def direct(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return module
@@ -45,7 +45,7 @@ def modules(width: int, heads: int) -> dict[str, tuple[nn.Module, Callable[[nn.M
     if importlib.util.find_spec("transformers") is not None:
         from transformers import GPT2Config, GPT2Model
 
-        # The model around the layer makes its masks: without it apply leaves the attention.
+        # The model around the layer makes the masks: without the model, apply leaves the attention alone.
         sizes: dict[str, Any] = dict(
             n_embd=width, n_head=heads, n_layer=1, vocab_size=1, n_positions=64, bos_token_id=0, eos_token_id=0
         )
@@ -100,7 +100,7 @@ def cases(run: Run) -> Iterator[Case]:
                 make=lambda inputs=inputs: tuple(run.random(B, T, width) for _ in range(inputs)),  # type: ignore[misc]
                 rivals={"ours": bind(fused), "torch": bind(plain)},
                 check=against(bind(exact)),
-                moved=float(read * (1 if inputs == 1 else 3)),  # read twice, and their gradients written
+                moved=float(read * (1 if inputs == 1 else 3)),  # parameters read twice, their gradients written
                 clock="wall",
             )
 

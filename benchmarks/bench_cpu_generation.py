@@ -1,16 +1,16 @@
-"""Generation on a CPU beside transformers and CTranslate2, all in one run, on one random GPT-2 124M.
+"""Generation on a CPU against transformers and CTranslate2, all in one run, on one random GPT-2 124M.
 
     python -m benchmarks.bench_cpu_generation --out benchmarks/results/cpu/generation/DATE.json
 
-Every contender answers the same prompts of 64 tokens with 32 new ones, greedily, at batch 1, 16 and 64; a number is
-total new tokens over wall time, prefill included. Contenders take turns (A B C .. A B C ..) and the best of `--rounds`
-counts for each: on a shared machine the best run is the one least disturbed, and every contender gets as many tries.
-Each lives in a process of its own, asleep while another computes: two libraries' pools of OpenMP threads in one process
-are more threads than cores, and libgomp then puts a waiting thread to sleep at once, 30 us at every parallel loop.
+Every contender continues the same prompts of 64 tokens with 32 new ones, greedily, at batch 1, 16 and 64; a number is
+total new tokens over wall time, prefill included. Contenders take turns (A B C .. A B C ..), and the best of `--rounds`
+counts for each: on a shared machine the best run is the least disturbed one, and every contender gets as many tries.
+Each has its own process, asleep while another computes: in one process, the OpenMP thread pools of two libraries are
+more threads than cores, and libgomp then puts a waiting thread to sleep at once, 30 us at every parallel loop.
 Peers run where they are installed (`pip install '.[bench]'`).
 
-What limits us: decoding one text reads all matrices once a token, 124M elements (`bytes`), and the row "decode" says
-what share of the machine's read bandwidth, measured here by summing a large tensor, that makes.
+What limits us: decoding one sequence reads all matrices once per token, 124M elements (`bytes`). The row "decode" gives
+this as a share of the machine's read bandwidth, measured here by summing a large tensor.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def ctranslate2_generate(folder: Path, kind: str) -> Contender:
 
 
 def convert_for_ctranslate2(source: Path, target: Path) -> None:
-    """CTranslate2's own converter, with a vocabulary t0, t1 .. in place of a tokenizer's files."""
+    """Runs CTranslate2's own converter, with a vocabulary t0, t1 .. in place of tokenizer files."""
     import ctranslate2.converters.transformers as converters
     from transformers import GPT2LMHeadModel
 
@@ -100,7 +100,7 @@ def convert_for_ctranslate2(source: Path, target: Path) -> None:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that all threads read, at best."""
+    """Bytes per second that all threads together read, at best."""
     x = torch.ones(256 * 2**20 // 4)
     times = []
     for _ in range(10):
@@ -111,7 +111,7 @@ def read_bandwidth() -> float:
 
 
 def decode_step(engine: Engine, rounds: int) -> tuple[float, int]:
-    """Seconds of a decode step of one text, at best, and the bytes of the matrices that it reads."""
+    """Seconds of the fastest decode step of one sequence, and the bytes of the matrices that it reads."""
     best = float("inf")
     for _ in range(rounds):
         engine.add(list(range(PROMPT)), SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True))
@@ -125,7 +125,7 @@ def decode_step(engine: Engine, rounds: int) -> tuple[float, int]:
 
 
 def serve(name: str, folder: Path, converted: Path, requests: Connection) -> None:
-    """A contender's process: prompts -> (seconds, answers), or a number of rounds -> `decode_step`."""
+    """The loop of a contender's process: prompts -> (seconds, answers), or a number of rounds -> `decode_step`."""
     (who, kind), engine = name.split(), None
     if who == "ours":
         contender, engine = ours(folder, kind)
@@ -145,14 +145,14 @@ def serve(name: str, folder: Path, converted: Path, requests: Connection) -> Non
 
 
 class Process:
-    """A contender in a process of its own."""
+    """A contender in its own process."""
 
     def __init__(self, name: str, folder: Path, converted: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe()
         self._process = context.Process(target=serve, args=(name, folder, converted, there), daemon=True)
         self._process.start()
-        there.close()  # so that an end of the other process is seen here
+        there.close()  # so that the end of the other process is seen here
         self._name = name
         self._answer()
 
@@ -172,7 +172,7 @@ class Process:
 
 
 def contenders() -> list[str]:
-    """Those that are installed."""
+    """The contenders that are installed."""
     found = [f"ours {kind}" for kind in ("float32", "bfloat16", "int8")]
     for library, names in (
         ("transformers", ["transformers float32", "transformers bfloat16"]),
@@ -197,14 +197,14 @@ def measure(batches: list[int], rounds: int) -> dict[str, Any]:
         speeds: dict[str, dict[str, float]] = {}
         for batch in batches:
             generator = torch.Generator().manual_seed(batch)
-            vocabulary = PRESETS["gpt2"].vocab_size - 1  # no end of text inside a prompt
+            vocabulary = PRESETS["gpt2"].vocab_size - 1  # no <|endoftext|> inside a prompt
             prompts = torch.randint(vocabulary, (batch, PROMPT), generator=generator).tolist()
             for process in processes.values():  # warms caches, allocators and thread pools
                 process(prompts[:4])
             best = dict.fromkeys(names, float("inf"))
             for _ in range(rounds):
                 for name, process in processes.items():
-                    time.sleep(0.3)  # until the threads of the one before have stopped waiting for work
+                    time.sleep(0.3)  # until the previous contender's threads have stopped waiting for work
                     seconds, answers = process(prompts)
                     best[name] = min(best[name], seconds)
                     if [len(a) for a in answers] != [NEW] * batch:

@@ -1,6 +1,6 @@
-"""The loss over GPT-2's vocabulary: of given logits (bytes: read once), and of hidden states, with gradients.
+"""The loss over GPT-2's vocabulary: from given logits (bytes: read once), and from hidden states, with gradients.
 
-FLOPs of the second: three products, the logits, dx and dweight: 6 R V C.
+FLOPs of the second: three matrix products (logits, dx and dweight), 6 R V C.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def plain_linear(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def with_gradients(function: Callable[..., Tensor]) -> Callable[..., Call]:
-    """Loss, and gradients of all but the targets."""
+    """The loss, and the gradients of all inputs but the targets."""
 
     def bind(*inputs: Tensor) -> Call:
         leaves = [t.detach().requires_grad_() for t in inputs[:-1]]

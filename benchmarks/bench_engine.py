@@ -1,9 +1,9 @@
-"""Whole models generating: prefill, decode at several batch sizes, a batch job. Wall time, host included.
+"""Generation by whole models: prefill, decode at several batch sizes, a batch job. Wall time, host included.
 
-Everybody gets the same weights, prompts and lengths, decodes greedily and never stops early. The weights are random:
-no network is needed, and the time does not depend on them. Decode is what is left of a generation when the time of
-its first token is taken off. A result is right when float64 finds each chosen token as likely as the likeliest,
-within the dtype.
+All rivals get the same weights, prompts and lengths, decode greedily and never stop early. The weights are random:
+no network is needed, and the time does not depend on them. Decode time is that of a whole generation minus the time to
+its first token. A result is right when float64 finds each chosen token as likely as the likeliest one, within the
+precision of the dtype.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts, int], list[list[int]]]
 
 TINY = GPT2Config(vocab_size=101, n_positions=64, n_embd=64, n_layer=1, n_head=1, eos_token_id=0)
-CHECKED = 2  # texts that float64 reads again
+CHECKED = 2  # sequences that are checked in float64
 
 
 @functools.lru_cache(maxsize=1)
 def _model(run_key: tuple[str, torch.device, torch.dtype]) -> GPT2:
     name, device, dtype = run_key
     torch.manual_seed(0)
-    with torch.device(device):  # a GPU draws the largest model's weights in a moment
+    with torch.device(device):  # a GPU draws even the largest model's weights quickly
         return GPT2(TINY if name == "tiny" else PRESETS[name]).to(dtype).eval()
 
 
@@ -43,7 +43,7 @@ def inputs(run: Run, name: str, lengths: Sequence[int]) -> Inputs:
 
 
 def ours(model: GPT2, prompts: Prompts, new: int) -> Generate:
-    """Prefixes are not shared: the same prompts come again in every turn."""
+    """Without prefix caching, since every turn repeats the same prompts."""
     blocks = sum(-(-(len(p) + new) // 16) for p in prompts)
     engine = Engine(model, max_batch=len(prompts), num_blocks=blocks, prefix_caching=False)
 
@@ -55,7 +55,7 @@ def ours(model: GPT2, prompts: Prompts, new: int) -> Generate:
 
 
 def in_turn(model: GPT2, prompts: Prompts, new: int) -> Generate:
-    """Without programmatic dependent launch: what it saves."""
+    """Without programmatic dependent launch, to show what it saves."""
     generate = ours(model, prompts, new)
 
     def call(prompts: Prompts, new: int) -> list[list[int]]:
@@ -75,9 +75,9 @@ def transformers_continuous(model: GPT2, prompts: Prompts, new: int) -> Generate
 
 
 def rivals(run: Run, name: str, batch: int = 0) -> dict[str, Callable[..., Generate]]:
-    """Of `batch` prompts of one length; 0: of a batch job, whose prompts transformers' plain generate would pad.
+    """For `batch` prompts of one length; 0: for a batch job, whose prompts transformers' plain generate would pad.
 
-    On a GPU the larger models run alone, but for the job: their rivals would take minutes.
+    On a GPU the larger models have no rivals except in the batch job: those would take minutes.
     """
     found: dict[str, Callable[..., Generate]] = {"ours": ours}
     gpu = run.device.type == "cuda"
@@ -102,7 +102,7 @@ def whole(make: Callable[..., Generate], new: int) -> Callable[..., Call]:
 
 
 def after_the_first(make: Callable[..., Generate], new: int) -> Callable[..., tuple[Call, Call]]:
-    """`new` + 1 tokens without the time of the first."""
+    """`new` + 1 tokens, minus the time of the first."""
 
     def bind(model: GPT2, prompts: Prompts) -> tuple[Call, Call]:
         generate = make(model, prompts, new + 1)
@@ -120,7 +120,7 @@ def _truth(model: GPT2) -> ReferenceGPT2:
 
 
 def check(inputs: Inputs, texts: list[list[int]]) -> float:
-    """How far the chosen tokens' scores lie below the largest ones, as a share of the scores' spread."""
+    """How far the chosen tokens' logits lie below the largest ones, as a share of the logits' spread."""
     model, prompts = inputs
     worst = 0.0
     if len(texts) != len(prompts) or len({len(t) for t in texts}) != 1:
@@ -135,14 +135,14 @@ def check(inputs: Inputs, texts: list[list[int]]) -> float:
 
 
 def bytes_of(config: GPT2Config, lengths: Sequence[int], new: int, size: int) -> float:
-    """What `new` steps of decode have to read: all weights (positions aside) at each, and every key and value."""
+    """What `new` decode steps have to read: at each step all weights (except positions), and every key and value."""
     weights = config.num_parameters - config.n_positions * config.n_embd
     keys = 2 * config.n_layer * config.n_embd * sum(n + t for n in lengths for t in range(1, new + 1))
     return float(size * (new * weights + keys))
 
 
 def flops_of(config: GPT2Config, lengths: Sequence[int]) -> float:
-    """Of prefill: two for every weight and token, the logits for the last token alone; and attention."""
+    """FLOPs of prefill: two per weight and token, with logits for the last token only, plus attention."""
     inner = config.num_parameters - (config.vocab_size + config.n_positions) * config.n_embd
     attention = 2 * config.n_layer * config.n_embd * sum(n * n for n in lengths)
     return 2.0 * (inner * sum(lengths) + config.vocab_size * config.n_embd * len(lengths)) + attention
@@ -150,7 +150,7 @@ def flops_of(config: GPT2Config, lengths: Sequence[int]) -> float:
 
 def cases(run: Run) -> Iterator[Case]:
     size = run.dtype.itemsize
-    # Model, batch, prompt, tokens after it.
+    # Model, batch, prompt tokens, new tokens.
     decode = run.pick(
         [("gpt2", 1, 512, 128), ("gpt2", 64, 512, 64), ("gpt2", 256, 512, 64), ("gpt2", 8, 512, 64)]
         + [("gpt2-medium", 1, 512, 64), ("gpt2-large", 1, 512, 64), ("gpt2-xl", 1, 512, 64)],

@@ -1,4 +1,4 @@
-"""Causal attention, forward, head dimension 64. FLOPs: 2 products of T^2 D, half of them masked away: 2 B H T^2 D."""
+"""Causal attention, forward, head dimension 64. FLOPs: two matrix products, half masked away: 2 B H T^2 D."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ D = 64
 
 
 def shapes(run: Run) -> list[tuple[int, int, int]]:
-    """(B, T, H): on a GPU 16k tokens at every length, GPT-2's own first, and the heads of the largest GPT-2."""
+    """(B, T, H): on a GPU 16k tokens at every length, GPT-2's own shape first, then the largest GPT-2's 25 heads."""
     gpu = [(16, 1024, 12), (1, 16384, 12), (4, 4096, 12), (8, 2048, 12), (32, 512, 12), (128, 128, 12), (2, 8192, 12)]
     return run.pick([*gpu, (16, 1024, 25)], [(1, 128, 12), (1, 512, 12), (1, 1024, 12)], [(1, 32, 2)])
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """On (B, T, H, D), in whatever dtype the tensors have."""
+    """For tensors (B, T, H, D), in their own dtype."""
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
 
 def two_heads(t: Tensor) -> Tensor:
-    """What is compared with float64, whose scores would not fit for all: heads depend on nothing but themselves."""
+    """The part compared with float64, whose scores for all heads would not fit; heads are independent."""
     return t[:1, ..., :2, :]
 
 

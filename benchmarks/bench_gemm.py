@@ -1,4 +1,4 @@
-"""linear with its fused epilogue at GPT-2's shapes, and the MLP forward and backward. FLOPs: 2 M K N a product."""
+"""linear with its fused epilogue at GPT-2's shapes, and the MLP forward and backward. FLOPs: 2 M K N per product."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def cases(run: Run) -> Iterator[Case]:
     gpu = run.device.type == "cuda"
     M, C, V = run.pick(65536, 512, 32), run.pick(768, 768, 64), run.pick(50257, 50257, 101)
     shapes = (
-        (M, C, 4 * C, "gelu_tanh"),  # into the MLP
-        (M, 4 * C, C, None),  # out of it
-        (M, C, 3 * C, None),  # into attention
-        (M, C, C, None),  # out of it
+        (M, C, 4 * C, "gelu_tanh"),  # MLP up-projection
+        (M, 4 * C, C, None),  # MLP down-projection
+        (M, C, 3 * C, None),  # QKV projection
+        (M, C, C, None),  # attention output projection
         (M // 8, C, V, None),  # logits
     )
     for i, (rows, K, N, activation) in enumerate(shapes):
@@ -88,8 +88,8 @@ def cases(run: Run) -> Iterator[Case]:
 
 
 def _decoded(run: Run) -> list[tuple[int, int, int]]:
-    """Products of generated tokens, (texts, K, N): those of a layer of the 124M model for one text, and for more."""
-    if run.device.type != "cuda":  # on a CPU they are those above
+    """Products of decode steps, (sequences, K, N): those of a layer of the 124M model, at batch 1 and at more."""
+    if run.device.type != "cuda":  # on a CPU they are the products above
         return []
     layer = [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, 50257)]
     gpu = [(rows, K, N) for rows in (1, 64, 256) for K, N in layer]
@@ -97,7 +97,7 @@ def _decoded(run: Run) -> list[tuple[int, int, int]]:
 
 
 def _same_bits(run: Run, K: int, N: int, activation: str | None) -> bool:
-    """Whether rows come out the same alone as among others: 1, 3 and 64 of 300."""
+    """Whether rows have the same bits alone as among others: 1, 3 and 64 of 300."""
     x, weight, bias = run.random(300, K), run.random(N, K), run.random(N)
     whole = ops.linear(x, weight, bias, activation=activation)
     return all(torch.equal(whole[:n], ops.linear(x[:n], weight, bias, activation=activation)) for n in (1, 3, 64))

@@ -11,7 +11,7 @@ import gpt2_kernels as ops
 from benchmarks import peers
 from benchmarks.measure import Case, Run, against, backward, both, forward
 
-WIDTHS = (768, 1024, 1280, 1600)  # of the four GPT-2s
+WIDTHS = (768, 1024, 1280, 1600)  # of the four GPT-2 models
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def cases(run: Run) -> Iterator[Case]:
             return run.random(C), run.random(C)
 
         ours_to_others = {"torch": plain, **({"liger": liger} if gpu else {})}
-        with_compiler = run.sizes != "tiny" and (gpu or C == 768)  # a compilation takes a CPU some ten seconds
+        with_compiler = run.sizes != "tiny" and (gpu or C == 768)  # compiling takes about ten seconds on a CPU
         yield Case(
             name=f"layer_norm forward {R}x{C}",
             make=lambda C=C, p=parameters: (run.random(R, C), *p()),

@@ -1,6 +1,6 @@
-"""Attention over a paged cache, blocks of 16 tokens, shuffled.
+"""Attention over a paged cache, in shuffled blocks of 16 tokens.
 
-Decode has one query a sequence; bytes: every key and value once. Prefill has all of them; FLOPs as those of attention.
+Decode has one query per sequence; bytes: every key and value once. Prefill has all queries; FLOPs as for attention.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ H, D, SIZE = 12, 64, 16
 
 
 def make(run: Run, S: int, context: int, queries: int = 1) -> Inputs:
-    """q, caches, their block table in shuffled order, lengths, cu_seqlens: arguments of paged_attention.
+    """Arguments of paged_attention: q, caches, their block table in shuffled order, lengths, cu_seqlens.
 
-    The queries of a sequence are its last ones.
+    A sequence's queries are those of its last tokens.
     """
     blocks = -(-context // SIZE)
     k_cache, v_cache = (run.random(S * blocks, H, SIZE, D).transpose(1, 2) for _ in range(2))
@@ -34,7 +34,7 @@ def make(run: Run, S: int, context: int, queries: int = 1) -> Inputs:
 
 
 def contiguous(cache: Tensor, table: Tensor, context: int) -> Tensor:
-    """(S, H, context, D) of a cache."""
+    """A cache's rows as (S, H, context, D)."""
     rows = cache.transpose(1, 2)[table.long()]  # (S, blocks, H, size, D)
     return rows.transpose(1, 2).flatten(2, 3)[:, :, :context]
 
@@ -45,7 +45,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tenso
 
 
 def in_order(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tensor) -> Callable[[], Any]:
-    """The same kernel on blocks that lie one behind the other: what shuffling costs."""
+    """The same kernel on blocks that are stored in order, to show what shuffling costs."""
     order = table.flatten().long()
     k, v = (c.transpose(1, 2)[order].transpose(1, 2) for c in (k, v))
     return ours(q, k, v, torch.arange(order.numel(), device=q.device).to(torch.int32).view_as(table), lens, cu)
@@ -74,7 +74,7 @@ def append_before(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, 
 
 
 def torch_contiguous(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tensor) -> Callable[[], Any]:
-    """PyTorch has no paged attention: its keys and values lie one behind the other before the clock starts."""
+    """PyTorch has no paged attention: its keys and values are made contiguous before the clock starts."""
     k, v = (contiguous(c, table, int(lens[0])).contiguous() for c in (k, v))
     return lambda: F.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0]
 
@@ -86,7 +86,7 @@ def flashinfer(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu:
 
 
 def check(inputs: Inputs, result: Tensor) -> float:
-    """Of the first four sequences."""
+    """The error of the first four sequences."""
     q, k_cache, v_cache, table, lens, _ = inputs
     k, v = (contiguous(c, table[:4], int(lens[0])).double() for c in (k_cache, v_cache))
     weights = torch.softmax(D**-0.5 * q[:4, :, None].double() @ k.transpose(-1, -2), dim=-1)
@@ -94,7 +94,7 @@ def check(inputs: Inputs, result: Tensor) -> float:
 
 
 def check_prefill(inputs: Inputs, result: Tensor) -> float:
-    """Of two heads of the first sequence."""
+    """The error of two heads of the first sequence."""
     q, k_cache, v_cache, table, lens, _ = inputs
     T = int(lens[0])
     k, v = (contiguous(c, table[:1], T)[:, :2].double() for c in (k_cache, v_cache))
@@ -112,7 +112,7 @@ def prefill_contiguous(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Ten
 
 def cases(run: Run) -> Iterator[Case]:
     gpu = run.device.type == "cuda"
-    # 384 x 2048 keys are 2.4 GB; (1, 1024) and (2, 1024) are about latency, the rest is how a step grows.
+    # 384 x 2048 keys and values are 2.4 GB; (1, 1024) and (2, 1024) show latency, the others how a step grows.
     shapes = [(384, 2048), (1, 1024), (2, 1024), (256, 512), (8, 1024), (64, 1024), (1024, 128), (256, 1024)]
     for S, context in run.pick(shapes, [(1, 1024), (8, 128), (8, 1024), (64, 512)], [(2, 40)]):
         moved = 2.0 * S * context * H * D * run.dtype.itemsize
@@ -159,7 +159,7 @@ def cases(run: Run) -> Iterator[Case]:
 def _fp8(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu: Tensor) -> Callable[[], Any]:
     scales, caches = [], []
     for cache in (k, v):
-        scale = cache.float().abs().amax(dim=(0, 1, 3)) / torch.finfo(torch.float8_e4m3fn).max  # of each head
+        scale = cache.float().abs().amax(dim=(0, 1, 3)) / torch.finfo(torch.float8_e4m3fn).max  # per head
         caches.append((cache.transpose(1, 2) / scale[:, None, None]).to(torch.float8_e4m3fn).transpose(1, 2))
         scales.append(scale)
     return lambda: ops.paged_attention(q, *caches, table, lens, cu, 1, k_scale=scales[0], v_scale=scales[1])

@@ -1,6 +1,6 @@
-"""A token for each row of logits. Bytes: the logits once.
+"""Sampling a token from each row of logits. Bytes: the logits once.
 
-PyTorch has no such operator: the usual recipe from its functions stands beside.
+PyTorch has no such operator: the rival is the usual recipe of its functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def ours(logits: Tensor, seeds: Tensor) -> Call:
 
 
 def recipe(logits: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
-    """topk, softmax, multinomial: nothing else is asked of it, neither seeds of a row nor a row's own k."""
+    """topk, softmax, multinomial and nothing more: no seed and no k per row."""
     values, indices = logits.float().topk(TOP_K)
     chosen = torch.multinomial(torch.softmax(values / TEMPERATURE, dim=-1), 1)
     tokens = indices.gather(1, chosen)[:, 0]
@@ -39,7 +39,7 @@ def flashinfer(logits: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
 
 
 def check(inputs: Inputs, result: tuple[Tensor, ...]) -> float:
-    """The log-probability is the token's own, and the token one of the k likeliest."""
+    """The log-probability must be the token's own, and the token one of the k likeliest."""
     logits, (tokens, logprobs) = inputs[0].double(), result
     threshold = logits.topk(TOP_K).values[:, -1]
     own = logits.gather(1, tokens[:, None])[:, 0]

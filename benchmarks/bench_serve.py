@@ -1,8 +1,8 @@
-"""`gpt2 serve` with 1, 8 and 64 clients at once: time to the first byte of text, and tokens a second of all together.
+"""`gpt2 serve` with 1, 8 and 64 clients at once: time to the first byte of text, and total tokens per second.
 
-The server is a process of its own on 127.0.0.1, with the model that ships; clients are plain sockets in this one. Each
-asks for a stream of so many tokens from a prompt of its own, greedily, and all begin together. A round is right when
-every client is told of as many tokens as it asked for, and reads what it read the first time.
+The server runs in its own process on 127.0.0.1, with the model that ships; the clients are plain sockets in this one.
+Each streams a fixed number of tokens, greedily, from its own prompt, and all start at once. A round is right when the
+usage sent to every client counts as many tokens as it asked for, and the client reads the same text as the first time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def address() -> Iterator[tuple[str, int]]:
 
 
 async def stream(address: tuple[str, int], body: bytes) -> tuple[float, int, str]:
-    """(seconds to the first event, tokens, text) of one client."""
+    """One client: (seconds to the first event, tokens, text)."""
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection(*address)
     head = "POST /v1/completions HTTP/1.0\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
@@ -67,7 +67,7 @@ def test_serve(benchmark: Any, address: tuple[str, int], clients: int, pytestcon
     options |= {"stream": True, "stream_options": {"include_usage": True}}
     prompts = [f"Once upon a time {i} {WORDS[i % 10]}s" for i in range(clients)]
     bodies = [json.dumps({"prompt": prompt, **options}).encode() for prompt in prompts]
-    expected = [text for _, _, text in asyncio.run(together(address, bodies))]  # warm, too
+    expected = [text for _, _, text in asyncio.run(together(address, bodies))]  # and warms up
     firsts: list[float] = []
     rates: list[float] = []
 

@@ -1,8 +1,8 @@
 """A training step (loss, gradients, clipping, AdamW): the trainer's, against GPT-2 in plain PyTorch and transformers.
 
-Weights are float32; arithmetic is bfloat16 on a GPU, which the rivals do by autocast. All start from the same weights,
-see the same tokens and use the same optimizer; loss and length of the first gradient are held against float64.
-FLOPs are those of `gpt2.training.flops_per_token`: 6 for every weight and token, and attention's.
+Weights are float32; arithmetic on a GPU is bfloat16, by autocast in the rivals. All start from the same weights, see
+the same tokens and use the same optimizer; loss and gradient norm of the first step are checked against float64.
+FLOPs are those of `gpt2.training.flops_per_token`: 6 per weight and token, plus attention's.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gpt2.parallel import World
 from gpt2.recipe import Recipe
 from gpt2.trainer import Trainer, optimizers
 
-Result = tuple[float, float]  # the loss, and the length of its gradient
+Result = tuple[float, float]  # the loss, and its gradient norm
 TWO_LAYERS = GPT2Config(vocab_size=8192, n_layer=2, n_head=12, n_embd=768, eos_token_id=8191)  # of the 124M model
 CONFIGS = {**PRESETS, "tiny": TINY, "2 layers of 768": TWO_LAYERS}
 
 
 def make(run: Run, name: str, B: int, T: int) -> Inputs:
-    """(recipe, shape, random tokens in windows, device)."""
+    """(recipe, config, random tokens in windows, device)."""
     dtype = str(run.dtype).removeprefix("torch.")
     recipe = Recipe(data="", batch_size=B, micro_batch=B, context=T, steps=100_000, lr=1e-4, warmup=0, dtype=dtype)
     config = CONFIGS[name]
@@ -54,7 +54,7 @@ def ours(recipe: Recipe, config: GPT2Config, windows: data.Windows, device: torc
 
 
 def step(build: Callable[[GPT2], tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]]) -> Callable[..., Call]:
-    """A rival's step; `build` makes its module and loss of a model with the first weights."""
+    """A rival's step; `build` makes its module and loss from a model with the initial weights."""
 
     def bind(recipe: Recipe, config: GPT2Config, windows: data.Windows, device: torch.device) -> Call:
         module, loss = build(model_of(recipe, config, device))
@@ -94,7 +94,7 @@ def transformers(model: GPT2) -> tuple[nn.Module, Callable[[Tensor, Tensor], Ten
 
 
 def check(inputs: Inputs, result: Result) -> float:
-    """A sequence at a time, so that float64 fits."""
+    """One sequence at a time, so that float64 fits."""
     recipe, config, windows, device = inputs
     truth = copy.deepcopy(model_of(recipe, config, device)).double()
     x, y = (t.to(device) for t in windows.batch(0, recipe.batch_size))

@@ -1,8 +1,7 @@
 """What is compiled with no GPU: calls of public functions on small tensors, for compile_report and its tests.
 
-Kernels depend on shapes only through what is constexpr in them, so the small tensors here compile what large ones run.
-A new operator has one line here in each of two places, `cases()` and `lengths()`, and one in MMA of
-tests/test_offline.py.
+Compiled code depends on shapes only through constexpr arguments, so these small tensors compile what large ones run.
+A new operator needs a line in both `cases()` and `lengths()`, and one in MMA of tests/test_offline.py.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """Name -> call. Half precision is GPT-2's; float32 is what a check against the reference runs."""
+    """Name -> call. GPT-2 runs in half precision; checks against the reference run in float32."""
     found: dict[str, Callable[[], object]] = {}
     for dtype, D in itertools.product((torch.bfloat16, torch.float32), (64, 80, 128, 256)):
         found[f"attention D={D} {SHORT[dtype]}"] = lambda D=D, dtype=dtype: _attention(_qkv(D, dtype))
@@ -134,7 +133,7 @@ def _decode(
     float8: bool = False,
 ) -> Tensor:
     cache, options = _cache(D, dtype, num_blocks, window, float8)
-    q = torch.empty(S, H + 8, D, dtype=dtype)  # of one projection
+    q = torch.empty(S, H + 8, D, dtype=dtype)  # one fused projection
     table, lens = (torch.zeros(shape, dtype=torch.int32) for shape in ((S, max_blocks), (S,)))
     slots = torch.zeros(S, dtype=torch.int64)
     k, v = q[:, H : H + 4], q[:, H + 4 :]
@@ -169,7 +168,7 @@ def _advance(S: int = 64, max_blocks: int = 64) -> None:
 
 
 def _cross_entropy(V: int, dtype: torch.dtype, R: int = 64) -> Tensor:
-    """Forward and backward of dense rows, which start at any multiple of an element's size."""
+    """Forward and backward of dense rows, whose starts are aligned to an element only."""
     with torch.enable_grad():
         logits = torch.empty(R, V, dtype=dtype, requires_grad=True)
         loss = ops.cross_entropy(logits, torch.zeros(R, dtype=torch.int64))
@@ -177,7 +176,7 @@ def _cross_entropy(V: int, dtype: torch.dtype, R: int = 64) -> Tensor:
 
 
 def _linear_cross_entropy() -> object:
-    """One row and so one chunk, whose gradient replaces it."""
+    """One row, and so one chunk, which its gradient overwrites."""
     x, weight = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(50257, 8, dtype=torch.bfloat16)
     return torch.ops.gpt2_kernels.linear_cross_entropy(x, weight, torch.zeros(1, dtype=torch.int64), -100, True, True)
 
@@ -209,13 +208,13 @@ def _linear(
 
 
 def _linear_kept(K: int, N: int, dtype: torch.dtype, activation: str) -> object:
-    """Forward in training: the input of the activation is written too."""
+    """Forward in training: the activation's input is written too."""
     weight, bias = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype)
     return torch.ops.gpt2_kernels.linear(torch.empty(64, K, dtype=dtype), weight, bias, None, activation, True, True)
 
 
 def _linear_backward(K: int, N: int, dtype: torch.dtype, activation: str, M: int = 64) -> Tensor:
-    """From the N outputs of a layer to its K inputs, and through the activation that made them."""
+    """From a layer's N outputs to its K inputs, and through the activation that produced those inputs."""
     grad, weight = torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
     pre = torch.empty(M, K, dtype=dtype) if activation else None
     return torch.ops.gpt2_kernels.linear_backward(grad, weight, pre, activation, True)
@@ -239,12 +238,12 @@ def _sample(V: int, dtype: torch.dtype, history: bool, S: int = 16, top_logprobs
 
 # --- sizes that a user varies from call to call ---------------------------------------------------------------------
 
-# Equal to 1, divisible by 16, or neither: what Triton tells apart; and each side of a block.
+# Equal to 1, divisible by 16, or neither, which Triton specializes on; and either side of a block.
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 512, 1000, 1024)
 
 
 def lengths() -> dict[str, Callable[[int], object]]:
-    """Name -> call with a number of rows, queries, keys or sequences, none of which may decide what is compiled."""
+    """Name -> call with a number of rows, queries, keys or sequences, none of which may affect what is compiled."""
     bf16 = torch.bfloat16
     return {
         "attention T": lambda n: _attention(_qkv(64, bf16, T=n)),

@@ -1,11 +1,11 @@
-"""What the compiler makes of every kernel, with no GPU: `python -m benchmarks.compile_report`.
+"""What every kernel compiles to, with no GPU: `python -m benchmarks.compile_report`.
 
-The cases, of compile_cases.py, call public functions on small tensors; `benchmarks.offline` turns the launches into
+The cases in compile_cases.py call public functions on small tensors; `benchmarks.offline` turns their launches into
 compilations for sm_80, sm_90 and sm_100. Prints registers, spills, shared memory, occupancy and the instructions that
 decide speed.
 
-The table is kept for each version of Triton, results/compile_triton_*.txt, so that a change of a kernel shows in review
-as what it did to the machine code. `--write` brings it up to date and compiles only what has changed.
+A snapshot of the table is kept for each version of Triton, results/compile_triton_*.txt, so that a review of a kernel
+change shows what it did to the machine code. `--write` updates it and compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from gpt2_kernels import _runtime
 ARCHITECTURES = (80, 90, 100)
 MMA = ("HGMMA", "UTCMMA", "HMMA")  # tensor cores of Hopper, Blackwell and Ampere
 
-# What `--check` compiles anew whatever has changed: where GPT-2 spends its time. The others are compared by what the
-# compiler is given, which takes 20 ms each instead of a second, and which decides what it makes of them.
+# What `--check` always recompiles: where GPT-2 spends its time. For the others only the compiler's input is compared,
+# which determines its output and takes 20 ms each instead of a second.
 CHECKED = (
     "attention D=64 bf16",
     "paged decode D=64 bf16",
@@ -42,7 +42,7 @@ CHECKED = (
 
 
 def variants(cc: int = 90) -> dict[str, dict[str, int]]:
-    """How many machine codes of each kernel the calls of `lengths()` ask for over all of LENGTHS; compiles nothing."""
+    """How many variants of each kernel the calls of `lengths()` need over all of LENGTHS; compiles nothing."""
     found = {}
     for name, call in lengths().items():
         with torch.no_grad(), _runtime.force("triton"), offline(cc, compile=False) as log:
@@ -62,17 +62,17 @@ class Row:
     case: str
     kernel: str
     sm: int
-    regs: int  # a thread
+    regs: int  # per thread
     spills: int  # instructions that touch local memory
-    shared: int  # bytes a block
-    blocks: int  # resident on an SM; 0 cannot be launched
+    shared: int  # bytes per block
+    blocks: int  # resident on an SM; 0: cannot be launched
     occupancy: str
-    mma: str  # tensor-core instructions, "-" where there are none
+    mma: str  # tensor-core instructions, "-" if none
     tma: int  # UTMALDG
     cp_async: int  # LDGSTS
     ldg: int  # other loads from global memory
-    ldg_128: int  # and how many of those are of 16 bytes
-    fingerprint: str  # of what the compiler was given: comments and line numbers are not in it
+    ldg_128: int  # how many of those load 16 bytes
+    fingerprint: str  # of the compiler's input, without comments and line numbers
 
     @property
     def launch(self) -> tuple[str, str, int, str]:
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def exact(self) -> tuple[object, ...]:
-        """What builds of one compiler must agree on; registers and counts may differ a little between them."""
+        """What builds of the same compiler must agree on; registers and counts may differ a little between them."""
         return self.spills, self.blocks, self.mma, self.tma > 0, self.ldg == self.ldg_128
 
 
@@ -89,7 +89,7 @@ HEADER = FORMAT.format(*(field.name for field in dataclasses.fields(Row)))
 
 
 def entries(name: str, sm: int, compile: bool) -> list[Entry]:
-    """The launches of a case; none of a float8 cache on sm_80, where it is refused."""
+    """The launches of a case; none for a float8 cache on sm_80, where it is refused."""
     if "fp8" in name and sm < 89:
         return []
     with torch.no_grad(), _runtime.force("triton"), offline(sm, compile=compile) as log:
@@ -126,7 +126,7 @@ def rows(name: str, architectures: Iterable[int] = ARCHITECTURES) -> list[Row]:
 
 
 def rows_of_all(names: list[str], architectures: Iterable[int] = ARCHITECTURES) -> Iterator[list[Row]]:
-    """Compiles cases in as many processes as there are cores; in order, as they come."""
+    """Compiles cases in as many processes as there are cores; yields rows in order, as they are ready."""
     workers = min(len(names), os.cpu_count() or 1)
     if workers < 2:
         yield from (rows(name, architectures) for name in names)
@@ -139,7 +139,7 @@ def rows_of_all(names: list[str], architectures: Iterable[int] = ARCHITECTURES) 
 
 
 def snapshot_path(version: str) -> Path:
-    """Triton's minor versions have a file each: 3.7.1 -> results/compile_triton_3.7.txt."""
+    """One file per minor version of Triton: 3.7.1 -> results/compile_triton_3.7.txt."""
     return Path(__file__).with_name("results") / f"compile_triton_{'.'.join(version.split('.')[:2])}.txt"
 
 
@@ -163,7 +163,7 @@ def format_row(row: Row) -> str:
 
 
 def stale(old: list[Row]) -> list[str]:
-    """Cases of which some launch is not the snapshot's; nothing is compiled to find out."""
+    """Cases with a launch that differs from the snapshot; found without compiling."""
     known: dict[str, list[tuple[str, str, int, str]]] = {}
     for row in old:
         known.setdefault(row.case, []).append(row.launch)
@@ -175,7 +175,7 @@ def stale(old: list[Row]) -> list[str]:
 
 
 def write(version: str) -> None:
-    """Bring the snapshot up to date, compiling what has changed."""
+    """Updates the snapshot, compiling what has changed."""
     path = snapshot_path(version)
     old_version, old = read_snapshot(path)
     old = old if old_version == version else []
@@ -193,13 +193,13 @@ def write(version: str) -> None:
 
 
 def check(version: str) -> list[str]:
-    """What is wrong with the snapshot: cases that have changed since, and chosen ones that compile differently."""
+    """What is wrong with the snapshot: cases that have changed since, and CHECKED ones that compile differently."""
     path = snapshot_path(version)
     old_version, old = read_snapshot(path)
     if not old:
         return [f"{path} is missing or of another form"]
     wrong = []
-    if old_version == version:  # another patch of Triton may build other code from the same kernels, rightly
+    if old_version == version:  # another patch release of Triton may rightly build other code
         wrong += [f"{name}: not what the snapshot was made of" for name in stale(old)]
         wrong += [f"{name}: no such case any more" for name in sorted({row.case for row in old} - set(cases()))]
     for name, fresh in zip(CHECKED, rows_of_all(list(CHECKED))):

@@ -1,8 +1,8 @@
-"""`pytest benchmarks/`: every case of every `bench_*.py`, one test for each implementation, a group for each case.
+"""`pytest benchmarks/`: every case of every `bench_*.py`, with one test per implementation and one group per case.
 
-The implementations of a case are measured together, in turns, when the first of them comes up (benchmarks.measure);
-each test then hands its samples to pytest-benchmark, whose tables, files and comparisons so show device time where
-there is a GPU. Everything else that was found is in `extra_info`.
+The implementations of a case are measured together, in turns, when its first test runs (benchmarks.measure). Each test
+then hands its samples to pytest-benchmark, so that its tables, files and comparisons show device time where there is a
+GPU. All other figures are in `extra_info`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpt2_kernels import _runtime
 _RUN = pytest.StashKey[measure.Run]()
 _ROWS = pytest.StashKey[dict[str, measure.Row]]()
 _RESULTS = pytest.StashKey[results.Results]()
-_STAGES = pytest.StashKey[set[str]]()  # those that have begun in the results file
+_STAGES = pytest.StashKey[set[str]]()  # those already begun in the results file
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,13 +49,13 @@ _samples: collections.deque[float] = collections.deque()
 
 
 def recorded() -> float:
-    """A clock for pytest-benchmark, read twice a round: the difference of two readings is a sample that was taken."""
+    """A clock for pytest-benchmark, which reads it twice per round: the difference is one of our samples."""
     return _samples.popleft() if _samples else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What became of one implementation of a case."""
+    """The outcome for one implementation of a case."""
 
     right: bool
     why: str
@@ -89,7 +89,7 @@ def ceilings(pytestconfig: pytest.Config) -> dict[str, float]:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, float]) -> Measured:
-    """Measures the case, unless another implementation has had it done; skips where this one is not to be had."""
+    """Measures the case, unless another implementation's test already has; skips where this one could not run."""
     stage, case, name = request.param
     config = request.config
     rows = config.stash[_ROWS]

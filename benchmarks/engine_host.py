@@ -1,9 +1,9 @@
-"""What the engine's host does for a step of decode, in microseconds: `python -m benchmarks.engine_host`.
+"""Host time of one decode step of the engine, in microseconds: `python -m benchmarks.engine_host`.
 
-Scheduling, block tables, stop checks and text for BATCH requests, with a device that answers at once and plans as a
-GPU gets them, DECODE_STEPS tokens of each text at a time. At 124M parameters a GPU's step takes about a millisecond,
-and the host must be done with the plan before by then. CPU time, which other processes spare; uploads to the device are
-copies in host memory here, where a GPU's would only be started.
+Scheduling, block tables, stop checks and text for BATCH requests, with a device that answers at once and the plans that
+a GPU would get: DECODE_STEPS tokens of each sequence at a time. At 124M parameters a GPU's step takes about a
+millisecond, and the host must be done with the previous plan by then. Measured in CPU time, which other processes do
+not affect; uploads to the device are copies in host memory here, while on a GPU they would only be started.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class IdleDecoder(Decoder):
-    """Has every text's next tokens at once, the same for all."""
+    """Returns every sequence's next tokens at once, the same for all."""
 
     def run(self, steps: int) -> Drawn:
         return Drawn(torch.full((steps, len(self.samples)), 300, dtype=torch.int64), None)
 
 
 def microseconds(options: dict[str, Any]) -> dict[str, float]:
-    """Median and largest time of a step with all requests under way; the largest has the garbage collector in it."""
+    """Median and largest time of a step with all requests running; the largest includes garbage collection."""
     config = GPT2Config(vocab_size=4096, n_embd=64, n_layer=1, n_head=1, eos_token_id=4095)
     torch.manual_seed(0)
     model = GPT2(config).eval()

@@ -1,7 +1,7 @@
-"""What the measurements are held against: 18 goals for one NVIDIA H200, and gates that a kernel has to pass to be done.
+"""What the measurements are judged by: 18 goals for one NVIDIA H200, and gates that a kernel has to pass to be done.
 
-Each line reads one quantity from the rows that its pattern names; where there are several, the worst of them counts. A
-line whose row, rival or figure is not there is missing, and shown so: it is never taken for held.
+Each line reads one quantity from the rows that match its pattern; of several rows, the worst counts. A line whose row,
+rival or figure is absent is shown as missing, never as met.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def us_a_token(row: Row) -> float | None:
 
 
 def cost_of_invariance(row: Row) -> float | None:
-    """How many times as long the product takes whose bits do not depend on the batch."""
+    """How many times as long the batch-invariant product takes."""
     return row.get("faster_than", {}).get("batch invariant")
 
 
 def share_of_logits(row: Row) -> float | None:
-    """Memory of the loss beyond its gradients, as a share of the logits'."""
+    """Memory that the loss takes beyond its gradients, as a share of the logits' size."""
     peak = ours("peak_bytes")(row)
     if peak is None or "logits_bytes" not in row:
         return None
@@ -50,10 +50,10 @@ def same_bits(row: Row) -> float | None:
 class Gate:
     number: int
     item: str
-    pattern: str  # of row names, matched from their beginning
+    pattern: str  # matched against row names, from their start
     quantity: Quantity
     what: str  # the quantity in words
-    gate: float | None  # None: nothing is asked for, the goal alone counts
+    gate: float | None  # None: no gate, only a goal
     goal: float | None
     at_most: bool = False  # smaller is better
 
@@ -79,7 +79,7 @@ class Gate:
 
 
 def rows_of(stages: dict[str, dict[str, Any]]) -> list[Row]:
-    """The rows that gates are about: those at the sizes of a GPU, the candidates of the launch tables left out."""
+    """The rows that gates apply to: those at GPU sizes, without the candidates of the launch tables."""
     return [
         row for name, entry in stages.items() if name != "tuner" and entry["sizes"] == "gpu" for row in entry["rows"]
     ]

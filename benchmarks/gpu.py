@@ -1,12 +1,11 @@
-"""Everything that a short stay on a GPU machine is for, in one command, from a source tree:
+"""Everything to measure in a short session on a GPU machine, in one command, from a source tree:
 
     PYTHONPATH=kernels:. python -m benchmarks.gpu --minutes 9 --out benchmarks/results
 
-Stages run one after the other, each in a process of its own: what one of them breaks, or hangs in, ends that stage
-alone. Every row is on the disk as soon as it is measured. A stage may use its share of the time that is left, so that
-what one leaves over goes to the next, and none starves; `--limit tests=200` sets a share by hand. What is not
-installed is said and left out: neither pytest-benchmark nor a network is needed. Without a GPU the same stages run at
-the sizes of a CPU.
+Stages run one after another, each in its own process: a crash or a hang ends that stage alone. Every row is on disk as
+soon as it is measured. A stage may use its share of the remaining time: what one leaves over goes to the next, and none
+starves; `--limit tests=200` sets a limit in seconds by hand. What is not installed is reported and left out: neither
+pytest-benchmark nor a network is needed. Without a GPU the same stages run at CPU sizes.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ from benchmarks.measure import Row
 from benchmarks.results import ROOT, Results
 from benchmarks.stages import STAGES
 
-MARK = "ROW "  # begins each line of a stage's process that is a row; all others are words of libraries
-GRACE = 5.0  # seconds that a stage may be late before it is ended
+MARK = "ROW "  # begins each line of a stage's output that is a row; all other lines come from libraries
+GRACE = 5.0  # seconds that a stage may overrun before it is killed
 
 
 def stage_process(stage: str, options: argparse.Namespace) -> int:
-    """What the process of a stage does: its rows, a line each."""
+    """What a stage's process does: prints its rows, one per line."""
     end = options.end
     run = measure.default_run(options.sizes)
     run.ceilings = json.loads(options.ceilings)
     if run.device.type == "cuda":
-        run.seconds = 0.25  # graphs are replayed for at least a millisecond a sample: enough for a steady median
+        run.seconds = 0.25  # graphs are replayed for at least a millisecond per sample: enough for a stable median
     try:
         for row in STAGES[stage][0](run, end):
             print(MARK + json.dumps(row), flush=True)
-    except Exception as problem:  # noqa: BLE001 - what there is has been said; this is the rest
+    except Exception as problem:  # noqa: BLE001 - its rows so far are printed; this adds the failure
         print(MARK + json.dumps({"name": stage, "failed": 1, "failures": [measure._reason(problem)]}), flush=True)
         raise
     return 0
@@ -55,7 +54,7 @@ def run_stage(
 ) -> str:
     """Runs a stage and hands over its rows as they come; returns what ended it early, or ""."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--stage", stage, "--sizes", options.sizes]
-    end = time.monotonic() + seconds  # processes of a machine share this clock; starting one takes its time, too
+    end = time.monotonic() + seconds  # all processes share this clock; startup counts too
     command += ["--end", f"{end:.1f}", "--ceilings", json.dumps(ceilings)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -79,7 +78,7 @@ def run_stage(
         late = True
     finally:
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started: pytest, compilers
+            os.killpg(process.pid, signal.SIGKILL)  # and its children: pytest, compilers
         except ProcessLookupError:
             pass
     reader.join(10)
@@ -90,15 +89,15 @@ def run_stage(
 
 
 def compile_native() -> subprocess.Popen[bytes]:
-    """Starts to compile the C++ operators, on a core that measuring the GPU leaves idle: it takes up to a minute, and
-    each process of the tests would do it by itself."""
+    """Starts compiling the C++ operators, on a core that GPU measurements leave idle: it takes up to a minute, and
+    otherwise each test process would do it."""
     command = [sys.executable, "-c", "from gpt2_kernels import _native; _native.load()"]
     nothing = subprocess.DEVNULL
     return subprocess.Popen(command, cwd=ROOT, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
 def limits(stages: list[str], left: float, fixed: dict[str, float]) -> float:
-    """Seconds for the first of the stages that are left."""
+    """Seconds for the first of the remaining stages."""
     first = stages[0]
     if first in fixed:
         return min(fixed[first], left)
@@ -108,7 +107,8 @@ def limits(stages: list[str], left: float, fixed: dict[str, float]) -> float:
 
 
 def chosen(only: str | None) -> list[str]:
-    """The stages that `--only` names, by a part of the name; ceilings always, since figures are shares of them."""
+    """The stages that `--only` names, by part of the name; always the environment, and the ceilings, since figures are
+    shares of them."""
     if only is None:
         return list(STAGES)
     parts = [part.strip() for part in only.split(",") if part.strip()]
@@ -133,7 +133,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=_limit, action="append", default=[], metavar="STAGE=SECONDS", help="repeatable")
     parser.add_argument("--sizes", choices=("auto", "gpu", "cpu", "tiny"), default="auto", help="tiny: a dry run")
     for name, kind in (("--stage", str), ("--end", float), ("--ceilings", str)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # of the process of a stage
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # for a stage's process
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
         parser.error(f"--minutes must be above 0, got {options.minutes}")
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.stage:
         status = stage_process(options.stage, options)
         sys.stdout.flush()
-        os._exit(status)  # and no wait for compilers that still try candidates for a rival
+        os._exit(status)  # without waiting for compilers that still try candidates for a rival
     end = time.monotonic() + 60 * options.minutes
     run = measure.default_run(options.sizes)
     kept = Results(options.out, results.device_name(run.device))
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def line(row: Row) -> str:
-    """A row in one line."""
+    """A row as one line."""
     name, found = row["name"], row.get("rivals", {})
     if row.get("not_run", {}).get("all") or "rivals" not in row:
         facts = row.get("not_run") or {k: v for k, v in row.items() if k not in ("name", "failures", "tail")}
@@ -201,7 +201,7 @@ def line(row: Row) -> str:
 
 
 def table(content: dict[str, Any], stages: list[str]) -> str:
-    """One page: the gates, what failed, what stages took."""
+    """One page: the gates, how long each stage took, and what failed."""
     found = [f"{content['device']}, {content['date']}"]
     rows = gates.rows_of({stage: content["stages"][stage] for stage in stages})
     for gate in gates.GATES:

@@ -1,10 +1,10 @@
 """What a call costs the host, in microseconds: `python -m benchmarks.host_time`.
 
-Small tensors, so that nothing but the host's work counts; of many short loops the fastest, since what else runs on the
-machine only adds. With a GPU this is the real thing. Without one, all code of ours, PyTorch's and Triton's runs as it
-would, down to Triton's launcher in C, on CPU tensors: a CUDA driver that is compiled here and does nothing takes the
-launches. What is missing then is the time of the real driver and allocator, and that of the checks of the device.
-PyTorch's layer_norm stands beside for scale: without a GPU it is the CPU operator on 8 elements, kernels included.
+Small tensors, so that only the host's work counts; the fastest of many short loops, since other load on the machine can
+only add time. With a GPU this is the real cost. Without one, our code, PyTorch's and Triton's runs as it would, down to
+Triton's C launcher, on CPU tensors: the launches go to a CUDA driver that is compiled here and does nothing. Then the
+time of the real driver and allocator, and of the checks of the device, is missing. PyTorch's layer_norm is there for
+scale: without a GPU it is the CPU operator on 8 elements, kernels included.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import gpt2_kernels as ops
 from gpt2_kernels import _launch, _overlap, _runtime, layernorm
 
 C, ROWS = 768, 8
-# Every function of the driver that Triton's launcher and loader are linked against; 0 is success.
+# Every driver function that Triton's launcher and loader link against; 0 is success.
 DRIVER = r"""
 #include <stddef.h>
 int launches = 0;
@@ -76,7 +76,7 @@ class _IdleDriver:
 
 @contextlib.contextmanager
 def idle_driver(cc: int = 90) -> Iterator[Callable[[], int]]:
-    """Launches of Triton kernels on CPU tensors do everything but run; yields how many there have been."""
+    """Triton kernels launched on CPU tensors do everything but run; yields a function that counts the launches."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("idle_driver: Triton runs in interpreter mode; use a process without TRITON_INTERPRET")
     folder, library = _idle_library()
@@ -93,7 +93,7 @@ def idle_driver(cc: int = 90) -> Iterator[Callable[[], int]]:
 
 @functools.cache
 def _idle_library() -> tuple[tempfile.TemporaryDirectory, ctypes.CDLL]:
-    """Triton links against a file of this name and opens it by name: the one that is loaded already answers both."""
+    """Triton links against a file of this name and opens it by name; once loaded, this library serves both."""
     folder = tempfile.TemporaryDirectory()
     source, library = Path(folder.name) / "driver.c", Path(folder.name) / "libcuda.so.1"
     source.write_text(DRIVER)
@@ -104,14 +104,15 @@ def _idle_library() -> tuple[tempfile.TemporaryDirectory, ctypes.CDLL]:
 
 
 def microseconds(call: Callable[[], Any], loops: int = 200, repeats: int = 60) -> float:
-    """The fastest of `repeats` loops, per call: on a GPU by the clock, else CPU time, which other processes spare."""
+    """Time per call in the fastest of `repeats` loops: wall time with a GPU, else CPU time, which other processes do
+    not affect."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     for _ in range(loops):
         call()
     best = float("inf")
     for _ in range(repeats):
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # or a full queue would make the host wait
+            torch.cuda.synchronize()  # else a full queue would make the host wait
         start = clock()
         for _ in range(loops):
             call()
@@ -120,7 +121,7 @@ def microseconds(call: Callable[[], Any], loops: int = 200, repeats: int = 60) -
 
 
 def measure(device: torch.device, time_of: Callable[[Callable[[], Any]], float] = microseconds) -> dict[str, float]:
-    """Name -> microseconds; a name that begins with spaces is a part of the one above it."""
+    """Name -> microseconds; an indented name is a part of the one above it."""
     x, dy = (torch.randn(ROWS, C, device=device, dtype=torch.bfloat16) for _ in range(2))
     weight, bias = (torch.randn(C, device=device, dtype=torch.bfloat16) for _ in range(2))
     y, statistics = torch.empty_like(x), torch.empty(2, ROWS, device=device)

@@ -1,9 +1,9 @@
-"""What is measured: a case is one operation at one size, with all that can do it. Every benchmark goes through here.
+"""What is measured: a case is one operation at one size, in all its implementations. Every benchmark goes through here.
 
-`bench_<module>.py` yields cases, `pytest benchmarks/` (conftest.py) and `python -m benchmarks.gpu` measure them by
-`compare`. It checks every rival's result against float64 before any clock starts, the memory poisoned first; then
-they are timed in turns, and held against what the machine reached in the same process: the bytes of a copy, the FLOPs
-of a matrix product. FLOPs are useful ones, never those of a tile; bytes are what the operation has to move.
+`bench_<module>.py` yields cases; `pytest benchmarks/` (conftest.py) and `python -m benchmarks.gpu` measure them with
+`compare`. It checks every rival's result against float64, in poisoned memory, before any timing; then the rivals are
+timed in turns and compared with what the machine reached in the same process: the bytes/s of a copy, the FLOP/s of a
+matrix product. FLOPs are useful ones, without a tile's padding; bytes are what the operation has to move.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ Bind = Callable[
     ..., "Call | tuple[Call, Call]"
 ]  # inputs -> a call; of two, the time of the second is taken off the first
 
-# Largest error that a result may have, as a share of its largest value. Twice what PyTorch's own kernels show and more:
-# it tells a wrong kernel from a right one; which of two right ones is closer is for the tests to say.
+# Largest error allowed, as a share of the largest value. At least twice that of PyTorch's own kernels: it tells a wrong
+# kernel from a right one; which of two right ones is more accurate is for the tests to say.
 LIMIT = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-3}
-ROTATED_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}  # several times the last cache of any GPU, of most CPUs
+ROTATED_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}  # several times the last-level cache of any GPU, of most CPUs
 MOST_SETS = 64
 LATE = "the time was up"
 
 
 class Absent(Exception):
-    """A rival that this machine does not have; the text says what is missing."""
+    """Raised for a rival that this machine does not have; the message says what is missing."""
 
 
 @dataclasses.dataclass
 class Run:
-    """Where and at which sizes, and what the machine reached."""
+    """Where and at which sizes to measure, and the machine's ceilings."""
 
     device: torch.device
     sizes: str  # "gpu", "cpu", or "tiny" to try the benchmarks out
     ceilings: dict[str, float] = dataclasses.field(default_factory=dict)  # copy bytes/s, matmul FLOP/s, launch s
-    seconds: float = 1.0  # of timing, for each rival
+    seconds: float = 1.0  # of timing, per rival
     turns: int = 30
 
     @property
     def dtype(self) -> torch.dtype:
-        """Half precision on a GPU; float32 where it is the faster one."""
+        """bfloat16 on a GPU; float32 on a CPU, where it is faster."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def pick(self, gpu: Any, cpu: Any, tiny: Any) -> Any:
@@ -63,7 +63,7 @@ class Run:
 
 
 def default_run(sizes: str = "auto") -> Run:
-    """sizes "auto": those of a GPU where there is one."""
+    """sizes "auto": "gpu" where there is one, else "cpu"."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if sizes == "auto":
         sizes = "gpu" if device.type == "cuda" else "cpu"
@@ -72,7 +72,7 @@ def default_run(sizes: str = "auto") -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One operation at one size. `rivals` bind inputs to a call; "ours" is the one that gates are about."""
+    """One operation at one size. `rivals` bind inputs to a call; "ours" is the one that the gates judge."""
 
     name: str  # operation and size; the group of pytest-benchmark
     make: Callable[[], Inputs]  # a fresh set of random inputs
@@ -80,12 +80,12 @@ class Case:
     check: Callable[[Inputs, Any], float]  # (inputs, result) -> largest error as a share of the largest true value
     flops: float = 0.0
     moved: float = 0.0  # bytes
-    units: float = 0.0  # of what a user counts, in one call
+    units: float = 0.0  # what a user counts (see unit), per call
     unit: str = "tokens"
-    clock: str = "device"  # or "wall", where the host's work is part of what is asked
+    clock: str = "device"  # or "wall", where the host's work counts too
     limit: float | None = None  # largest error; None: by dtype
-    facts: Callable[[], dict[str, Any]] | None = None  # more to know about it, that is not a time
-    whole: bool = False  # a whole model: one set of inputs; neither host time nor, on a CPU, memory is asked
+    facts: Callable[[], dict[str, Any]] | None = None  # further facts that are not times
+    whole: bool = False  # a whole model: one set of inputs; no host time and, on a CPU, no memory is measured
 
 
 # --- binding and checking -------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def forward(function: Callable[..., Any]) -> Bind:
 
 
 def backward(function: Callable[..., Tensor]) -> Bind:
-    """The backward pass alone of function(*leaves), for inputs (*leaves, grad): the forward has run, and is kept."""
+    """The backward pass alone of function(*leaves), for inputs (*leaves, grad): the forward ran, its graph is kept."""
 
     def bind(*inputs: Tensor) -> Call:
         *leaves, grad = (t.detach() for t in inputs)
@@ -126,7 +126,7 @@ def both(function: Callable[..., Tensor]) -> Bind:
 
 
 def against(truth: Bind, part: Callable[[Tensor], Tensor] = lambda t: t) -> Callable[[Inputs, Any], float]:
-    """Compares `part` of each tensor of a result with what `truth` computes in float64 of that part of each input."""
+    """Compares `part` of each result tensor with what `truth` computes in float64 from that part of each input."""
 
     def check(inputs: Inputs, result: Any) -> float:
         double = [part(t).detach().double() if _real(t) else t for t in inputs]
@@ -138,7 +138,7 @@ def against(truth: Bind, part: Callable[[Tensor], Tensor] = lambda t: t) -> Call
 
 
 def error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference as a share of the largest expected value, over tensors that belong together."""
+    """Largest difference, as a share of the largest expected value, over corresponding tensors."""
     if len(found) != len(expected):
         raise ValueError(f"error: both must be as many tensors, got {len(found)} and {len(expected)}")
     worst = 0.0
@@ -155,7 +155,7 @@ def _real(value: Any) -> bool:
 
 
 def _poisoned(call: Call, inputs: Inputs) -> Any:
-    """The result of a call whose memory was NaN before: what it forgets to write cannot look right by chance."""
+    """The result of a call into memory that held NaN: what it fails to write cannot look right by chance."""
     owned = {t.data_ptr() for t in timing.tensors(inputs)}
     first = timing.tensors(call())
     with torch.no_grad():
@@ -172,15 +172,14 @@ def _poisoned(call: Call, inputs: Inputs) -> Any:
 def compare(
     run: Run, case: Case, only: Collection[str] | None = None, timed: bool = True, end: float = math.inf
 ) -> Row:
-    """Checks and times the rivals of a case (those in `only`), in turns. A row says of each either its figures, or in
-    `not_run` why it could not be had, or in `wrong` what is the matter with its result: such a one is not timed. From
-    `end` (time.monotonic) on no other rival than the first is begun with, so that there is a row of those that are
-    ready."""
+    """Checks and times the rivals of a case (those in `only`), in turns. For each, the row holds its figures, or in
+    `not_run` why it could not run, or in `wrong` what is wrong with its result, which is then not timed. After `end`
+    (time.monotonic) only the first rival is still started, so that there is a row for those that are ready."""
     row: Row = {"name": case.name, "rivals": {}, "not_run": {}, "wrong": {}}
     row |= {key: value for key in ("flops", "moved", "units") if (value := getattr(case, key))}
     if case.units:
         row["unit"] = case.unit
-    torch._dynamo.reset()  # compiled rivals of another case would count as a second shape, and compile for any
+    torch._dynamo.reset()  # else another case's rivals would make this a second shape, compiled as dynamic
     torch.manual_seed(0)
     limit = LIMIT[run.dtype] if case.limit is None else case.limit
     timings: dict[str, list[Call]] = {}
@@ -222,7 +221,7 @@ def compare(
             times = timing.measure(timings, run.device, case.clock, run.seconds, run.turns)
         for name in row["rivals"]:
             _add_figures(run, case, row, name, times[name], times.get(less.get(name, "")))
-        if ours := row["rivals"].get("ours", {}).get("us"):  # 0 is less than the clock can tell
+        if ours := row["rivals"].get("ours", {}).get("us"):  # 0: too short for the clock
             row["faster_than"] = {n: r["us"] / ours for n, r in row["rivals"].items() if n != "ours"}
     timings.clear()
     sets.clear()
@@ -240,7 +239,7 @@ def _on_capture_stream(run: Run, case: Case) -> contextlib.AbstractContextManage
 
 
 def _input_sets(run: Run, case: Case) -> list[Inputs]:
-    """As many sets of inputs as it takes to be larger than the cache."""
+    """Enough sets of inputs to be larger than the cache together."""
     first = case.make()
     size = sum(t.nbytes for t in timing.tensors(first))
     if case.whole or not size:
@@ -262,25 +261,25 @@ def _add_figures(run: Run, case: Case, row: Row, name: str, took: timing.Time, l
     facts |= {"clock": took.clock, "turns": len(took.samples), "samples": [s - without for s in took.samples]}
     facts |= {"us": 1e6 * seconds}
     facts |= {key: 1e6 * (took.percentile(share) - without) for key, share in (("us_low", 0.2), ("us_high", 0.8))}
-    if seconds <= 0:  # less than the clock can tell
+    if seconds <= 0:  # too short for the clock
         return
     for work, figure, scale, ceiling in ((case.flops, "tflops", 1e12, "matmul"), (case.moved, "gb_s", 1e9, "copy")):
         if work:
             facts[figure] = work / seconds / scale
-            if ceiling in run.ceilings:  # or it could not be measured
+            if ceiling in run.ceilings:  # else it could not be measured
                 facts[f"of_{ceiling}"] = work / seconds / run.ceilings[ceiling]
     if case.units:
         facts["per_second"] = case.units / seconds
 
 
 def without_samples(row: Row) -> Row:
-    """The row as it is kept in a file."""
+    """The row as it is stored in a file."""
     rivals = {name: {k: v for k, v in facts.items() if k != "samples"} for name, facts in row["rivals"].items()}
     return {**row, "rivals": rivals}
 
 
 def failed(row: Row) -> bool:
-    """Whether something is wrong, rather than slow or absent: a result that is not right, or ours not running."""
+    """Whether something is wrong, rather than slow or absent: a wrong result, ours not running, or a failed test."""
     return bool(row.get("wrong")) or "ours" in row.get("not_run", {}) or bool(row.get("failed"))
 
 
@@ -288,10 +287,10 @@ def failed(row: Row) -> bool:
 
 
 def ceilings(run: Run) -> dict[str, float]:
-    """What this machine does at its best, on random data: bytes/s of a copy, those read and those written counted, and
-    FLOP/s of a matrix product in the dtype of the run; on a GPU the seconds of a replay that does nothing, too."""
+    """The most this machine reaches, on random data: bytes/s of a copy, read and written ones both counted, and FLOP/s
+    of a matrix product in the dtype of the run; on a GPU also the seconds of a replay that does nothing."""
     numbers, n = run.pick(1 << 31, 1 << 26, 1 << 20), run.pick(8192, 2048, 128)
-    if run.device.type == "cuda":  # 8.6 GB in two bytes a number, or what there is
+    if run.device.type == "cuda":  # 8.6 GB at two bytes per number, or what fits
         numbers = min(numbers, torch.cuda.mem_get_info()[0] // 8)
     pair = [run.random(numbers), run.random(numbers)]
     found = {"copy": [lambda: pair[0].copy_(pair[1])]}

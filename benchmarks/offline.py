@@ -1,17 +1,17 @@
-"""What the compiler makes of our kernels, with no GPU: registers, spills, shared memory, occupancy, instructions.
+"""What our kernels compile to, with no GPU: registers, spills, shared memory, occupancy, instructions.
 
     with offline(90) as launches:                       # sm_80, sm_86, sm_89, sm_90 or sm_100
         gpt2_kernels.attention(q, k, v)                 # the real host code, on CPU or meta tensors
     for entry in launches:
         print(analyse(entry, 90))
 
-Inside the `with`, `kernel[grid](...)` compiles the variant that the real launch would use (same specialization of
-pointers and integers, same options) and launches nothing: outputs keep whatever they held. An autotuned kernel compiles
-every configuration. The process must not run Triton's interpreter: where a test session does, use a child process
+Inside the `with`, `kernel[grid](...)` compiles the variant that a real launch would use (same specialization of
+pointers and integers, same options) but launches nothing: outputs keep whatever they held. An autotuned kernel compiles
+every configuration. The process must not run Triton's interpreter: from a test session that does, use a child process
 without TRITON_INTERPRET.
 
 `offline(90, compile=False)` stops after Triton's front end, 20 ms instead of a second: enough to tell which launches
-share a variant, and whether anything changed since a report was written (`Entry.fingerprint`).
+share a variant, and whether anything has changed since a report was written (`Entry.fingerprint`).
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ LIMITS = {
     90: Limits(threads=2048, blocks=32, shared_bytes=228 << 10, shared_bytes_per_block=227 << 10),
     100: Limits(threads=2048, blocks=32, shared_bytes=228 << 10, shared_bytes_per_block=227 << 10),
 }
-SHARED_RESERVED = 1024  # bytes of shared memory that the system takes for each block
+SHARED_RESERVED = 1024  # bytes of shared memory that the system reserves per block
 PARTITIONS = 4  # an SM's registers belong to four partitions, and a warp lives in one of them
-REGISTERS_PER_GRANT = 256  # a warp's registers are handed out in such portions
+REGISTERS_PER_GRANT = 256  # the granularity in which a warp's registers are allocated
 
-# Instructions that a report counts. "LDG.128": LDG with .128 among its modifiers, and counted as LDG too.
+# Instructions that a report counts. "LDG.128" is LDG with .128 among its modifiers, and counts as LDG too.
 COUNTED = (
     *("HGMMA", "QGMMA", "UTCMMA", "HMMA", "QMMA", "IMMA"),  # tensor cores: Hopper, Blackwell, Ampere
     *("UTMALDG", "UTMASTG", "UBLKCP", "LDGSTS"),  # asynchronous copies: TMA and cp.async
@@ -83,25 +83,25 @@ class Entry:
 
     name: str
     grid: tuple[int, ...]
-    fingerprint: str  # of all that the compiler is given: the same one, the same machine code
+    fingerprint: str  # of the compiler's whole input: equal fingerprints mean equal machine code
     kernel: Any  # triton's CompiledKernel: .asm["ptx"], .metadata.shared ...; None where nothing was compiled
-    seconds: float  # of compilation; next to nothing for a variant that was there already
+    seconds: float  # of compilation; almost nothing for a variant compiled before
 
 
 @dataclasses.dataclass(frozen=True)
 class _Variant:
-    """What a JIT function keeps for a specialization, in the place of the compiled kernel alone."""
+    """What a JIT function caches for a specialization, in place of the compiled kernel alone."""
 
     fingerprint: str
     kernel: Any
 
 
 class _OfflineDriver:
-    """The answers of a GPU of one architecture, as far as Triton asks before a launch."""
+    """Answers what Triton asks about the GPU before a launch, for one architecture."""
 
     def __init__(self, cc: int, device: int):
         self.cc = cc
-        self.device = device  # a JIT function keeps its variants by device: one set for each architecture and mode
+        self.device = device  # a JIT function caches variants by device: one set per architecture and mode
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.cc, 32)
@@ -122,7 +122,7 @@ class _OfflineDriver:
         pass
 
     def get_benchmarker(self):
-        """For @triton.autotune: calls once, so that every configuration is compiled, and finds all equally fast."""
+        """For @triton.autotune: runs each configuration once, so that it is compiled, and reports all equally fast."""
 
         def bench(call, quantiles=()):
             call()
@@ -139,7 +139,7 @@ class _OfflineDriver:
 
 @contextlib.contextmanager
 def offline(cc: int = 90, *, compile: bool = True) -> Iterator[list[Entry]]:
-    """Turns every Triton launch inside the `with` into a compilation for sm_<cc>; yields the growing list of them."""
+    """Turns every Triton launch inside the `with` into a compilation for sm_<cc>; yields the list that they go to."""
     if cc not in LIMITS:
         raise ValueError(f"offline: cc must be one of {sorted(LIMITS)}, got {cc}")
     if triton.knobs.runtime.interpret:
@@ -152,7 +152,7 @@ def offline(cc: int = 90, *, compile: bool = True) -> Iterator[list[Entry]]:
         return _Variant(_fingerprint(source, target, options), kernel)
 
     def build_variant(self, *args):
-        self.compile = variant  # set anew for each architecture that a kernel meets, hence here
+        self.compile = variant  # Triton sets it anew for each architecture of a kernel, hence here
         try:
             return build(self, *args)
         finally:
@@ -177,7 +177,7 @@ def offline(cc: int = 90, *, compile: bool = True) -> Iterator[list[Entry]]:
 
 
 def _fingerprint(source: Any, target: GPUTarget, options: dict[str, Any]) -> str:
-    """A hash of the kernel after Triton's front end and of the options: comments and line numbers are not in it."""
+    """A hash of the options and of the kernel after Triton's front end, without comments and line numbers."""
     backend = make_backend(target)
     options = backend.parse_options({**options, **source.parse_options()})
     context = ir.context()
@@ -186,12 +186,12 @@ def _fingerprint(source: Any, target: GPUTarget, options: dict[str, Any]) -> str
     implementations, modules = backend.get_codegen_implementation(options), backend.get_module_map()
     module = str(source.make_ir(target, options, implementations, modules, context))
     text = re.sub(r" loc\(#?\w*\)|^#loc.*\n", "", module, flags=re.MULTILINE)
-    chosen = {name: value for name, value in vars(options).items() if name != "extern_libs"}  # has paths in it
+    chosen = {name: value for name, value in vars(options).items() if name != "extern_libs"}  # it holds paths
     return hashlib.sha256(f"{text}{sorted(chosen.items())}".encode()).hexdigest()[:8]
 
 
 def _grid_of(function: JITFunction, grid: Any, args: tuple, kwargs: dict) -> tuple[int, ...]:
-    """The grid of a launch; one that is a function gets all arguments by name, as in a real launch."""
+    """The grid of a launch; a callable grid gets all arguments by name, as in a real launch."""
     if not callable(grid):
         return tuple(grid)
     signature = inspect.signature(function.fn)
@@ -223,7 +223,7 @@ class Report:
 
     @property
     def over_limit(self) -> bool:
-        """Asks for more shared memory than a block may have: compiles without complaint, fails at its launch."""
+        """Whether it needs more shared memory than a block may have: it compiles, but its launch fails."""
         return self.shared_bytes > LIMITS[self.cc].shared_bytes_per_block
 
 
@@ -268,10 +268,10 @@ def blocks_per_sm(cc: int, registers: int, threads: int, shared_bytes: int) -> i
 
 
 def count_instructions(assembly: str) -> dict[str, int]:
-    """Counts instructions in the output of `nvdisasm -c`: each name of COUNTED, and "total"."""
+    """Counts instructions in the output of `nvdisasm -c`: each name in COUNTED, and "total"."""
     opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly, re.MULTILINE)
     counts = {"total": len(opcodes)}
-    seen = Counter(opcodes)  # some dozens of spellings among thousands of instructions
+    seen = Counter(opcodes)  # a few dozen spellings among thousands of instructions
     for name in COUNTED:
         base, _, modifier = name.partition(".")
         pattern = SPELLINGS.get(base, base) + (rf"(?:\.\w+)*\.{modifier}" if modifier else "") + r"(?:\.\w+)*"
@@ -280,7 +280,7 @@ def count_instructions(assembly: str) -> dict[str, int]:
 
 
 def _threads_per_block(kernel: Any) -> int:
-    """From the PTX, for a warp-specialized kernel has more warps than it asked for."""
+    """From the PTX, since a warp-specialized kernel has more warps than num_warps."""
     declared = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", kernel.asm["ptx"])
     return int(declared.group(1)) if declared else kernel.metadata.num_warps * 32
 

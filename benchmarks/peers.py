@@ -1,7 +1,7 @@
-"""Who is measured beside us, where it is installed: nothing here is needed, and what is missing is said in the results.
+"""The rivals we are measured against: all optional, and the results say which are not installed.
 
 torch      PyTorch's own operator, eager; SDPA with its backend forced
-compiled   torch.compile of the plain formula, for static shapes
+compiled   torch.compile of the plain formula, with static shapes
 flex       flex_attention, compiled, with a causal block mask
 liger, flashinfer, transformers   those packages' public functions
 """
@@ -25,7 +25,7 @@ PACKAGES = ("pytest", "pytest-benchmark", "transformers", "liger-kernel", "flash
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that benchmarks use where they are there; None for those that are not."""
+    """Versions of the packages that benchmarks use where installed; None for those that are not."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str | None]:
 
 
 def package(module: str) -> Any:
-    """An imported module; Absent where it is not installed."""
+    """The imported module; raises Absent where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as problem:
@@ -46,7 +46,7 @@ def package(module: str) -> Any:
 def compiled(
     function: Callable[..., Any], bind: Callable[[Callable[..., Any]], Bind] = forward, **options: Any
 ) -> Bind:
-    """torch.compile of a function, compiled anew for every case: for its shape alone, and all sets share the code."""
+    """torch.compile of a function, compiled for each case's shape alone; all sets of inputs share the code."""
     once = functools.cache(lambda: torch.compile(function, dynamic=False, **options))
 
     def bound(*inputs: Any) -> Any:
@@ -57,7 +57,7 @@ def compiled(
 
 
 def attention_rivals(run: Run, bind: Callable[[Callable[..., Any]], Bind]) -> dict[str, Bind]:
-    """Causal attention of (B, T, H, D) views, or its backward."""
+    """Causal attention of (B, T, H, D) views, or its backward pass, by `bind`."""
     backends = {"flash": SDPBackend.FLASH_ATTENTION}
     if run.device.type == "cuda":
         backends |= {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -83,12 +83,12 @@ def _flex(T: int, device: torch.device) -> Callable[..., Tensor]:
 
 
 def liger(name: str) -> Callable[..., Any]:
-    """A function of Liger-Kernel, looked up when it is called."""
+    """A function of Liger-Kernel, imported when it is called."""
     return lambda *args, **options: getattr(package("liger_kernel.transformers.functional"), name)(*args, **options)
 
 
 def flashinfer_decode(block_table: Tensor, context_lens: Tensor, H: int, D: int, size: int, dtype: torch.dtype) -> Any:
-    """A planned decode of FlashInfer's: `.run(q, (k_cache, v_cache))`, caches (num_blocks, size, H, D)."""
+    """A planned FlashInfer decode: `.run(q, (k_cache, v_cache))`, caches (num_blocks, size, H, D)."""
     flashinfer = package("flashinfer")
     S = block_table.shape[0]
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -107,7 +107,7 @@ def flashinfer_decode(block_table: Tensor, context_lens: Tensor, H: int, D: int,
 
 
 def plain_loss(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    """The loss of a `gpt2.GPT2`, computed from its parameters by PyTorch's operators alone."""
+    """The loss of a `gpt2.GPT2`, computed from its parameters with PyTorch's operators alone."""
     config = model.config
     x = F.embedding(tokens, model.wte.weight) + model.wpe.weight[: tokens.shape[1]]
     for block in model.h:

@@ -1,7 +1,7 @@
-"""The page of results: `python -m benchmarks.report` makes RESULTS.md and plots from `results/<device>/<date>.json`.
+"""The results page: `python -m benchmarks.report` makes RESULTS.md and plots from `results/<device>/<date>.json`.
 
-Of each stage of a device the newest measurement is shown, with its commit. What was not measured is shown as missing;
-no number comes from anywhere but those files. The table in README.md, between its two marks, is made along with it.
+For each stage of a device, the newest measurement is shown, with its commit. What was not measured is shown as missing;
+all numbers come from those files. The table between the two marks in README.md is made along with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.gates import GATES, rows_of
 from benchmarks.measure import Row
 
 COMMAND = "python -m benchmarks.report"
-HEADLINE = (  # what README shows of a device: the first row of each that there is
+HEADLINE = (  # what README shows for a device: the first row that matches each pattern
     "attention forward .*T=1024 ", "attention backward .*T=1024 ", "add_layer_norm forward", "linear ",
     "linear_cross_entropy",
     "paged decode batch=(384|8) ", "decode \\S+ batch=8 ", "batch job", "training step",
@@ -26,7 +26,7 @@ BEGIN, END = "<!-- made by python -m benchmarks.report -->", "<!-- end -->"
 
 
 def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Device -> stage -> its newest measurement, with the date beside it: GPUs first, then what was measured last."""
+    """Device -> stage -> its newest measurement, with its date: GPUs first, then the most recently measured."""
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for path in sorted(folder.glob("*/*.json"), key=lambda path: path.stem):
         content = results.read(path)
@@ -69,7 +69,7 @@ def page(devices: dict[str, dict[str, dict[str, Any]]], plots: dict[str, list[st
 
 
 def goals(devices: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """One table for each GPU; where there is none, one in which everything is missing."""
+    """One table per GPU; without any, one in which everything is missing."""
     lines = []
     if not devices:
         lines += ["No GPU has been measured: every line is missing.", ""]
@@ -125,7 +125,7 @@ def _origin(entry: dict[str, Any]) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """A line for each row: ours with its share of a ceiling, and every rival."""
+    """One line per row: ours with its share of a ceiling, and every rival."""
     lines = ["| case | ours, us | of a ceiling | rate | peak, MB | rivals |", "|---|--:|--:|--:|--:|---|"]
     for row in rows:
         ours = row["rivals"].get("ours", {})
@@ -137,7 +137,7 @@ def table(rows: list[Row]) -> list[str]:
         if "wrong" in row and "ours" in row["wrong"]:
             time = "WRONG"
         shares = [f"{100 * ours[key]:.1f} % {key[3:]}" for key in ("of_matmul", "of_copy") if key in ours]
-        if len(shares) == 2:  # the one that it comes closer to is the one that bounds it
+        if len(shares) == 2:  # the ceiling it comes closer to is the one that bounds it
             shares = [max(zip((ours["of_matmul"], ours["of_copy"]), shares))[1]]
         rate = f"{_number(ours['per_second'])} {row['unit']}/s" if "per_second" in ours else ""
         if not rate and ours.get("tflops"):
@@ -162,7 +162,7 @@ def _tests(rows: list[Row]) -> list[str]:
 
 
 def headline(devices: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """README's table: some rows of the first device, a GPU where one was measured."""
+    """README's table: a few rows of the first device, a GPU if one was measured."""
     if not devices:
         return ["Nothing has been measured yet."]
     device, stages = next(iter(devices.items()))
@@ -178,7 +178,7 @@ def headline(devices: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def draw(device: str, stages: dict[str, dict[str, Any]], folder: Path) -> list[str]:
-    """SVG files in `folder` for what there is data for; their names."""
+    """Draws the plots that there is data for, as SVG files in `folder`; returns their names."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -201,7 +201,7 @@ def draw(device: str, stages: dict[str, dict[str, Any]], folder: Path) -> list[s
 
 
 def _roofline(axes: Any, rows: list[Row], stages: dict[str, dict[str, Any]]) -> bool:
-    """FLOP/s against FLOPs a byte, under the ceilings."""
+    """FLOP/s against FLOPs per byte, under the ceilings."""
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         if {"flops", "moved"} <= row.keys() and "tflops" in row["rivals"].get("ours", {}):
@@ -221,7 +221,7 @@ def _roofline(axes: Any, rows: list[Row], stages: dict[str, dict[str, Any]]) -> 
 
 
 def _attention(axes: Any, rows: list[Row], stages: dict[str, dict[str, Any]]) -> bool:
-    """TFLOP/s by length, of everybody, at 12 heads."""
+    """TFLOP/s by sequence length, for ours and all rivals, at 12 heads."""
     lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
         if found := re.match(r"attention forward B=\d+ T=(\d+) H=12 ", row["name"]):
@@ -236,7 +236,7 @@ def _attention(axes: Any, rows: list[Row], stages: dict[str, dict[str, Any]]) ->
 
 
 def _tokens(axes: Any, rows: list[Row], stages: dict[str, dict[str, Any]]) -> bool:
-    """Decoded tokens/s by batch size, of the model that was measured at most sizes."""
+    """Decoded tokens/s by batch size, for the model that was measured at the most sizes."""
     lines: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if found := re.match(r"decode (\S+) batch=(\d+) ", row["name"]):

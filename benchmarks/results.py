@@ -1,10 +1,10 @@
-"""Where results are kept: `<folder>/<device>/<date>.json`, written again after every row, so that nothing is lost.
+"""Where results are kept: `<folder>/<device>/<date>.json`, rewritten after every row, so that nothing is lost.
 
     {"device": "NVIDIA H200", "date": "2026-11-24", "stages": {"layernorm": {
         "sizes": "gpu", "environment": {versions, commit, clocks}, "ceilings": {"copy": bytes/s, "matmul": FLOP/s},
         "seconds": 40.1, "note": "" or what ended it early, "rows": [a row of benchmarks.measure.compare, ...]}, ...}}
 
-A stage that is measured again on the same day replaces itself alone: it carries its own environment and ceilings.
+A stage that is measured again on the same day replaces only itself: each has its own environment and ceilings.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def slug(device: str) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """What figures depend on besides the code."""
     found: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%d %H:%M"),
         "commit": _commit(),
@@ -73,12 +73,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     else:
         found["capability"] = torch.backends.cpu.get_cpu_capability()
         if hasattr(os, "getloadavg"):
-            found["load"] = round(os.getloadavg()[0], 1)  # what else ran: a busy machine's figures say little
+            found["load"] = round(os.getloadavg()[0], 1)  # other load: a busy machine's figures say little
     return found
 
 
 def _commit() -> str | None:
-    """Of the tree that was measured, "+" where it had been changed since; None outside of a repository."""
+    """The commit of the measured tree, with "+" if it had uncommitted changes; None outside a repository."""
     commit = output(["git", "rev-parse", "--short", "HEAD"])
     if not re.fullmatch("[0-9a-f]+", commit):
         return None
@@ -94,7 +94,7 @@ def output(command: list[str]) -> str:
 
 
 class Results:
-    """The file of a device and a day; stages are added row by row."""
+    """The results file of one device and day; stages are added row by row."""
 
     def __init__(self, folder: Path, device: str, date: str | None = None):
         date = date or time.strftime("%Y-%m-%d")
@@ -115,7 +115,7 @@ class Results:
         self.save()
 
     def add(self, stage: str, row: Row) -> None:
-        """A row of a case that has one already brings further rivals, each as fast as it was beside ours then."""
+        """Adds a row. If its case has one already, it adds rivals to that, each as fast as it was beside ours then."""
         rows = self.stages[stage]["rows"]
         known = next((r for r in rows if r["name"] == row["name"] and "rivals" in r), None)
         if known is None:
@@ -134,7 +134,7 @@ class Results:
 
     def save(self) -> None:
         text = json.dumps(self.content, indent=1)
-        if len(text) > MOST_BYTES:  # only the words of failures can grow so long
+        if len(text) > MOST_BYTES:  # only the output of failures can grow this long
             for stage in self.stages.values():
                 for row in stage["rows"]:
                     row.pop("tail", None)
@@ -142,11 +142,11 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
         beside.write_text(text + "\n", encoding="utf-8")
-        os.replace(beside, self.path)  # a reader, or an interruption, never sees half a file
+        os.replace(beside, self.path)  # a reader never sees half a file, and an interruption never leaves one
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a results file; ValueError where it is not one."""
+    """The content of a results file; ValueError if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if all({"rows", "sizes"} <= stage.keys() for stage in content["stages"].values()):

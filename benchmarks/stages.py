@@ -1,5 +1,4 @@
-"""What `benchmarks.gpu` runs: stages are generators of rows, which begin nothing once `end`, on the clock of
-time.monotonic, has passed."""
+"""What `benchmarks.gpu` runs: stages are generators of rows that start nothing after `end` (time.monotonic)."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from benchmarks import measure, results
 from benchmarks.measure import Row, Run
 from benchmarks.results import ROOT
 
-# Rivals that take many seconds to compile or to run. They come in this order, a round of cases for each, once all else
-# of a stage is on the disk: one that is slower than thought, or hangs, takes nothing from the others.
+# Rivals that take many seconds to compile or to run. They come in this order, one pass over the cases for each, after
+# the rest of the stage is on disk: one that is slower than expected, or hangs, takes nothing from the others.
 SLOW = (
     "compiled",
     "flex",
@@ -29,7 +28,7 @@ SLOW = (
     "compiled, max-autotune",
 )
 
-# For compute-sanitizer, which is some fifty times slower than a plain run: each kernel a few times.
+# For compute-sanitizer, which is about fifty times slower than a plain run: each kernel a few times.
 SANITIZED = (
     "test_layernorm.py::test_forward",
     "test_layernorm.py::test_gradients",
@@ -63,8 +62,8 @@ def ceilings(run: Run, end: float) -> Iterator[Row]:
 
 
 def benchmark(module: str) -> Callable[[Run, float], Iterator[Row]]:
-    """The cases of a module, in its order: what matters most comes first in it. A slow rival comes in a row of its own
-    beside ours, which `Results.add` puts together with the case's first one."""
+    """The cases of a module, in its order: most important first. A slow rival is measured with ours in a row of its
+    own, which `Results.add` merges with the case's first row."""
 
     def stage(run: Run, end: float) -> Iterator[Row]:
         found = []
@@ -80,12 +79,12 @@ def benchmark(module: str) -> Callable[[Run, float], Iterator[Row]]:
 
 
 def _measured(run: Run, case: measure.Case, rivals: list[str], end: float) -> Row:
-    """The row of a case, whatever becomes of it; a slow rival is the last of `rivals`."""
+    """The row of a case, whatever happens; a slow rival is the last of `rivals`."""
     slow = rivals[-1] if rivals[-1] in SLOW else None
     if time.monotonic() < end:
         try:
             return measure.without_samples(measure.compare(run, case, rivals, end=end))
-        except Exception as problem:  # noqa: BLE001 - while it was timed, say: other cases may fare better
+        except Exception as problem:  # noqa: BLE001 - as while it was timed: other cases may fare better
             why = {slow or "ours": measure._reason(problem)}
     else:
         why = {slow or "all": measure.LATE}
@@ -93,7 +92,7 @@ def _measured(run: Run, case: measure.Case, rivals: list[str], end: float) -> Ro
 
 
 def host(run: Run, end: float) -> Iterator[Row]:
-    """What calls cost the host, with its real driver."""
+    """What calls cost the host, with the real driver."""
     from benchmarks import host_time
 
     if run.device.type != "cuda":
@@ -106,7 +105,7 @@ def host(run: Run, end: float) -> Iterator[Row]:
 
 
 def tests(run: Run, end: float) -> Iterator[Row]:
-    """The test suite, a process for each file, several at a time; kernels first."""
+    """The test suite, one process per file, several at a time; kernels first."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
     kernels = {path.stem for path in (ROOT / "kernels" / "gpt2_kernels").glob("*.py")}
     files.sort(key=lambda path: path.stem.removeprefix("test_") not in kernels)
@@ -117,13 +116,13 @@ def tests(run: Run, end: float) -> Iterator[Row]:
 
 
 def sanitizer(run: Run, end: float) -> Iterator[Row]:
-    """memcheck and racecheck, each tensor in an allocation of its own, so that an overrun leaves it."""
+    """memcheck and racecheck, with each tensor in its own allocation, so that an overrun leaves it."""
     tool = shutil.which("compute-sanitizer")
     if tool is None or run.device.type != "cuda":
         yield {"name": "sanitizer", "not_run": {"all": "no compute-sanitizer, or no GPU"}}
         return
     jobs = _jobs()
-    parts = max(1, jobs // 2)  # of each kind: to import PyTorch takes longer under the tool than most tests
+    parts = max(1, jobs // 2)  # of each kind: under the tool, importing PyTorch takes longer than most tests
     work = []
     for check in ("memcheck", "racecheck"):
         for at in range(parts):
@@ -134,7 +133,7 @@ def sanitizer(run: Run, end: float) -> Iterator[Row]:
 
 
 def _jobs() -> int:
-    """Processes that compile kernels side by side: each has a compiler and an assembler at work."""
+    """How many processes compile kernels side by side: each keeps a compiler and an assembler busy."""
     return max(1, (os.cpu_count() or 1) // 2)
 
 
@@ -173,8 +172,8 @@ def _pytest(name: str, prefix: list[str], selection: list[str], environment: dic
     return row
 
 
-# Name -> (stage, share of the time). Measurements first, by what they are worth; tests take what is left over. Of the
-# first two most is given back, unless the disk is slow.
+# Name -> (stage, share of the time). Measurements first, in order of value; tests take what is left over. The first two
+# return most of their share, unless the disk is slow.
 STAGES: dict[str, tuple[Callable[[Run, float], Iterable[Row]], float]] = {
     "environment": (environment, 2),
     "ceilings": (ceilings, 4),

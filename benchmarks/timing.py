@@ -1,13 +1,13 @@
 """How long a call takes, and how much memory: the one place where clocks are read.
 
-Rivals take turns (A, B, A, B ...), so that a drift of the machine's clock meets all alike; a figure is the median
-over the turns, with the 20th and the 80th percentile beside it: a difference inside that spread is noise. Each rival
-is a list of calls on inputs of their own, which together are larger than the cache: no call finds its inputs there.
+Rivals take turns (A, B, A, B ...), so that drift of the machine's clock rate affects all alike; a figure is the median
+over the turns, with the 20th and 80th percentiles beside it: a difference inside that spread is noise. Each rival is a
+list of calls, each on its own inputs, which together are larger than the cache: no call finds its inputs there.
 
     device   a CUDA graph of all calls in the list, replayed many times between two events: the GPU's time without the
-             host's. The time of an empty replay is measured in the same way and taken off.
-    wall     from the host's side until the result is there, host included; on a CPU it is the only clock.
-    host     what the host spends on a call before it returns, the GPU still at work.
+             host's. The time of an empty replay is measured in the same way and subtracted.
+    wall     on the host until the result is ready, host work included; on a CPU it is the only clock.
+    host     what the host spends on a call before it returns, while the GPU is still at work.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], object]
-SAMPLE_SECONDS = 1e-3  # a sample is at least that long, by repetition: clocks and gaps between launches are not
+SAMPLE_SECONDS = 1e-3  # a sample is at least this long, by repetition: clock ticks and launch gaps are not
 
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Seconds of one call."""
+    """Seconds per call."""
 
     samples: tuple[float, ...]
-    clock: str  # "device", "wall", or "events" where a call cannot be captured: the host's gaps are in it
+    clock: str  # "device", "wall", or "events" where a call cannot be captured: includes host gaps
 
     @property
     def median(self) -> float:
@@ -43,7 +43,7 @@ class Time:
 def measure(
     rivals: Mapping[str, Sequence[Call]], device: torch.device, clock: str, seconds: float, turns: int = 30
 ) -> dict[str, Time]:
-    """Times of all rivals, in at most `turns` turns and about `seconds` for each rival; in three turns at least."""
+    """Times of all rivals, in at most `turns` turns and about `seconds` per rival, but at least three turns."""
     if clock not in ("device", "wall"):
         raise ValueError(f"measure: clock must be 'device' or 'wall', got {clock!r}")
     runners = {}
@@ -61,7 +61,7 @@ def measure(
 
 
 class _Called:
-    """Wall time: calls in a row, the list continued where the last sample left off, then one wait."""
+    """Wall time: several calls, continuing the list where the last sample left off, then one wait."""
 
     clock = "wall"
 
@@ -82,7 +82,7 @@ class _Called:
 
 
 class _Replayed:
-    """Device time by replay of a graph; by events around plain calls where a call cannot be captured."""
+    """Device time by replaying a graph; by events around plain calls where a call cannot be captured."""
 
     def __init__(self, calls: Sequence[Call]):
         self.count, self.repeat, self.empty = len(calls), 1, 0.0
@@ -117,7 +117,7 @@ _stream: list[torch.cuda.Stream] = []
 
 
 def capture_stream() -> torch.cuda.Stream:
-    """The stream of all captures. Backward runs on the stream of its forward: prepare both on this one."""
+    """The stream of all captures. A backward runs on its forward's stream: prepare both on this one."""
     if not _stream:
         _stream.append(torch.cuda.Stream())
     return _stream[0]
@@ -127,7 +127,7 @@ def capture(calls: Sequence[Call]) -> Call:
     """One CUDA graph of all calls; RuntimeError where they cannot be captured."""
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, plans and allocates outside of the capture
+    with torch.cuda.stream(stream):  # compiles, plans and allocates outside the capture
         for call in (*calls, calls[0]):
             call()
     torch.cuda.synchronize()
@@ -142,7 +142,7 @@ _floor: list[float] = []
 
 
 def launch_floor() -> float:
-    """Seconds that a replay takes whose graph does next to nothing, with the gap to the one before."""
+    """Seconds per replay of a graph that does next to nothing, including the gap between replays."""
     if not _floor:
         one = torch.zeros(1, device="cuda")
         replay = capture([lambda: one.add_(1)])
@@ -162,12 +162,12 @@ def launch_floor() -> float:
 
 
 def host_seconds(calls: Sequence[Call], device: torch.device) -> float:
-    """The least that the host spent per call over a few loops, without waiting for the GPU in between."""
+    """Host time per call in the fastest of a few loops, without waiting for the GPU in between."""
     found = []
     for _ in range(5):
         wait(device)
         start = time.perf_counter()
-        for i in range(20):  # few enough not to fill the queue of launches
+        for i in range(20):  # few enough not to fill the launch queue
             calls[i % len(calls)]()
         found.append((time.perf_counter() - start) / 20)
     wait(device)
@@ -175,7 +175,7 @@ def host_seconds(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most memory that PyTorch held during a call, beyond what it held before."""
+    """Peak memory that PyTorch held during a call, beyond what it held before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -196,7 +196,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def tensors(result: object) -> list[Tensor]:
-    """The tensors of a result, which may be one or several."""
+    """The tensors in a result, which may be one or several."""
     if isinstance(result, Tensor):
         return [result]
     return [t for part in result for t in tensors(part)] if isinstance(result, (tuple, list)) else []

@@ -1,4 +1,4 @@
-"""The candidates of the launch tables, timed against the rows that stand: `python -m benchmarks.gpu --only tuner`."""
+"""Candidates for the launch tables, timed against the current rows: `python -m benchmarks.gpu --only tuner`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gpt2_kernels import _linear_decode, _paged_decode, attention_backward, fuse
 
 Table = dict[tuple[int, ...], tuple[int, ...]]
 
-# Tiles that compile without spills for sm_90 at D = 64 in bfloat16, by table: (BLOCK_M, BLOCK_N, warps, stages);
-# for products (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), for paged decode (SPLIT, BLOCK_N, warps, stages). The first
-# case whose name begins so tries them.
+# By table: tiles that compile without spills for sm_90 at D = 64 in bfloat16, (BLOCK_M, BLOCK_N, warps, stages); for
+# matrix products (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), for paged decode (SPLIT, BLOCK_N, warps, stages). They are
+# tried on the module's first case whose name begins with the given prefix.
 CANDIDATES: dict[str, tuple[ModuleType, str, Table, list[tuple[int, ...]]]] = {
     "attention forward": (
         bench_fused_attention, "attention forward", fused_attention.TILES,
@@ -51,7 +51,7 @@ CANDIDATES: dict[str, tuple[ModuleType, str, Table, list[tuple[int, ...]]]] = {
 
 @contextlib.contextmanager
 def row_instead(table: Table, row: tuple[int, ...]) -> Iterator[None]:
-    """Tensors of two bytes an element, with heads up to 64 wide, take this row."""
+    """Makes tensors of two bytes per element, with heads up to 64 wide, use this row."""
     kept = dict(table)
     table.clear()
     # Rows are tried in order, and no GPU is below capability 0.
@@ -65,20 +65,20 @@ def row_instead(table: Table, row: tuple[int, ...]) -> Iterator[None]:
 
 
 def cases(run: Run) -> Iterator[Case]:
-    """A case of each table's operator, the table's candidates as rivals of the row that stands: all are checked against
-    float64, and take turns. What is fastest belongs into the table."""
+    """One case per table's operator, with the candidates as rivals of the current row: all are checked against float64
+    and timed in turns. The fastest belongs in the table."""
     for name, (module, prefix, table, rows) in CANDIDATES.items():
         case = next((case for case in module.cases(run) if case.name.startswith(prefix)), None)
         if case is None:  # decode products, on a CPU
             continue
-        bind = case.rivals.get("batch invariant", case.rivals["ours"])  # the other one may be cuBLAS
+        bind = case.rivals.get("batch invariant", case.rivals["ours"])  # "ours" may be cuBLAS
         tried = rows[:1] if run.sizes == "tiny" else rows
         rivals = {"ours": bind} | {str(row): _with(table, row, bind) for row in tried}
         yield dataclasses.replace(case, name=f"{name}: {case.name}", rivals=rivals, facts=None)
 
 
 def _with(table: Table, row: tuple[int, ...], bind: Bind) -> Bind:
-    """The row serves while the call is made ready and whenever it runs; a captured graph keeps it."""
+    """Uses the row while the call is prepared and whenever it runs; a captured graph keeps it."""
 
     def bound(*inputs: Any) -> Any:
         with row_instead(table, row):
