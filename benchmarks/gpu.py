@@ -1,4 +1,4 @@
-"""Everything to measure in a short session on a GPU machine, in one command, from a source tree:
+"""Everything to measure in a short stay on a GPU machine, in one command, from a source tree:
 
     PYTHONPATH=kernels:. python -m benchmarks.gpu --minutes 9 --out benchmarks/results
 

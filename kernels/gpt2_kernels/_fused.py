@@ -1,6 +1,6 @@
-"""The class that `apply` puts before that of a module, and what the forwards of such classes share.
+"""The base class of modules replaced by `apply`, and what their forwards share.
 
-Below `dropin`, which has those for torch's and nanoGPT's modules, and `integrations.transformers`.
+Used by `dropin`, for torch's and nanoGPT's modules, and by `integrations.transformers`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ MAX_HEAD_DIM = 256
 
 
 class Fused(nn.Module):
-    """What the class of a replaced module begins with: a forward on the operators before the one it had."""
+    """First base of a replaced module's class: its forward, on our operators, overrides the one the module had."""
 
     by: str  # what computes it, for the report
 
     @classmethod
     def install(cls, module: nn.Module, model: nn.Module) -> None:
-        """`module` is in `model`, which is all that may be touched."""
+        """Replace `module`, a part of `model`; nothing outside `model` may be touched."""
         combined: Any = _combined  # the cache hashes classes, which mypy takes for modules
         module.__class__ = combined(cls, type(module))
 
@@ -31,7 +31,7 @@ class Fused(nn.Module):
         self.__class__ = _before(type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled and copied by the two classes, since the combined one has no name that could be imported."""
+        """Pickle and copy by the two bases, since the combined class has no importable name."""
         reduced: Any = super().__reduce_ex__(protocol)
         return (_rebuild, type(self).__bases__, *reduced[2:])
 
@@ -42,7 +42,7 @@ def _combined(fused: Any, base: Any) -> Any:
 
 
 def _before(kind: Any) -> Any:
-    """The class that a module had before `install`, under what others made of it since (parametrizations, FSDP)."""
+    """The class before `install`, keeping what others have built on it since (parametrizations, FSDP)."""
     if "before" in vars(kind):
         return kind.before
     bases = tuple(_before(base) if issubclass(base, Fused) else base for base in kind.__bases__)
@@ -55,9 +55,9 @@ def _rebuild(fused: Any, base: Any) -> nn.Module:
 
 
 def plain(module: Any, kind: type) -> bool:
-    """Whether a layer is exactly that and nobody listens to it: then its weights may be used without calling it.
+    """Whether a layer has exactly this type and no hooks: then its weights may be used without calling it.
 
-    Adapters, quantised layers and parametrizations have another type; pruning and old weight norm are hooks; others put
+    Adapters, quantized layers and parametrizations have another type; pruning and old weight norm are hooks; others set
     a forward on the instance.
     """
     listeners = module._forward_hooks or module._forward_pre_hooks
@@ -66,7 +66,7 @@ def plain(module: Any, kind: type) -> bool:
 
 
 def gelu_product(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> Tensor:
-    """gelu(x w1^T + b1) w2^T + b2 with the fastest products there are; either bias may be missing."""
+    """gelu(x w1^T + b1) w2^T + b2 with the fastest products available; either bias may be None."""
     if b1 is not None and b2 is not None:
         return gelu_mlp(x, w1, b1, w2, b2, approximate=approximate, batch_invariant=False)
     hidden = linear(x, w1, b1, activation="gelu_tanh" if approximate == "tanh" else "gelu", batch_invariant=False)

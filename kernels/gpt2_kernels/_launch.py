@@ -1,4 +1,4 @@
-"""How kernels are launched: `launch`, Triton's own way for half of the host's time, and the counters of `tickets`."""
+"""Launching kernels: `launch`, at half the host time of Triton's own path, and `tickets`, counters for programs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if HAS_TRITON:
 
     _triton_run = JITFunction.run  # a tool that watches launches or turns them into compilations replaces it
 
-# All that a launch depends on -> the kernel, and its compiled variant's launcher. Kernels are known by their id, since
-# Triton hashes the source at every question, and kept beside, so that no other object can take that id.
+# Everything a launch depends on -> the kernel and the launcher of its compiled variant. Kernels are keyed by id, since
+# hashing one hashes its source every time, and are kept in the value so that no other object can take that id.
 _variants: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _GRID_REST = ((), (1, 1), (1,), ())
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """`kernel[grid](*args, **meta)`, for half of the host's time: run-time arguments by position, constexprs by name.
+    """`kernel[grid](*args, **meta)` in half the host time: run-time arguments by position, constexprs by name.
 
-    Triton itself chooses and compiles a variant, the first time; a launch that is equal in all that Triton looks at
-    goes to that compiled kernel directly, with the arguments themselves, so that Triton's launcher still checks them.
-    Everything unusual takes Triton's own way every time: the interpreter, autotuned kernels, launch hooks (profilers),
-    tools that replace JITFunction.run, a pointer that is not 16-byte aligned, an integer past 32 bits, and arguments
-    of any type but Tensor, int, float and None.
+    The first time, Triton chooses and compiles a variant. A later launch that agrees in everything Triton specializes
+    on goes straight to that compiled kernel, through Triton's launcher, which still checks the arguments. Anything
+    unusual always takes Triton's own path: the interpreter, autotuned kernels, launch hooks (profilers), tools that
+    replace JITFunction.run, a pointer that is not 16-byte aligned, an integer beyond 32 bits, and arguments of any type
+    but Tensor, int, float and None.
     """
     if type(kernel) is not JITFunction or JITFunction.run is not _triton_run:
         kernel[grid](*args, **meta)
@@ -41,7 +41,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         or kernel.pre_run_hooks
         or runtime.add_stages_inspection_hook
     )
-    # One entry for each argument, at least as fine as Triton's own specialization (tests/test_launch.py compares).
+    # One entry per argument, at least as fine-grained as Triton's own specialization (tests/test_launch.py compares).
     key: list[Any] = [id(kernel), active, device, runtime.debug, knobs.compilation.instrumentation_mode]
     addresses = 0
     for a in args:
@@ -80,11 +80,11 @@ _tickets: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
 def tickets(number: int, device: torch.device) -> torch.Tensor:
-    """At least that many int32 zeros, for programs that count each other; the kernel leaves them zero, for the next.
+    """At least `number` int32 zeros with which programs count arrivals; a kernel must leave them zero for the next.
 
-    Launches on one stream follow each other and share them. A CUDA graph captures their address, so they live for ever,
-    and two graphs captured on one stream must not be replayed at the same time. What a stream has not used before it is
-    captured is zeroed in the graph, at each replay: warm up on the stream that captures to save those launches.
+    Launches on one stream are ordered and share them. CUDA graphs capture their address, so they are never freed, and
+    two graphs captured on one stream must not be replayed concurrently. Counters that a stream first needs during a
+    capture are zeroed in the graph, at each replay: warm up on the capturing stream to save those launches.
     """
     if device.type != "cuda":
         return torch.zeros(number, dtype=torch.int32, device=device)  # a kernel that fails there may leave others
@@ -99,9 +99,9 @@ def tickets(number: int, device: torch.device) -> torch.Tensor:
 
 
 def _in_private_pool(tensor: torch.Tensor) -> bool:
-    """Whether its memory belongs to a graph, which gives it back with its other memory, or to torch.compile's.
+    """Whether its memory belongs to the pool of a CUDA graph, torch.compile's included, and is freed with that graph.
 
-    Allocators other than PyTorch's own, such as cudaMallocAsync, raise at the question: then it may.
+    Allocators other than PyTorch's own, such as cudaMallocAsync, raise when asked: then it may.
     """
     try:
         segments = torch.cuda.memory_snapshot()

@@ -1,4 +1,4 @@
-"""How an operator is made: its registration, what computes it where, autocast, and the gradients that it has not.
+"""How an operator is defined: registration, what computes it where, autocast, and which gradients are refused.
 
 An operator has one schema under `torch.ops.gpt2_kernels`, and PyTorch dispatches it by device:
 
@@ -36,9 +36,9 @@ def register(
 ) -> None:
     """Define an operator of `torch.ops.gpt2_kernels`: its schema, its implementations and its shapes.
 
-    `cpu` says what `cpu_impl` is made of, for `path_of`: "native" where it calls the compiled extension, "products"
-    where that needs a CPU with dot products as well, "torch"; "int8" has no kernel for a GPU, and "layer" is several
-    operators in one call, on a CPU with dot products.
+    `cpu` tells `path_of` what `cpu_impl` uses: "native" calls the compiled extension, "products" also needs a CPU with
+    dot-product instructions, "torch" is PyTorch; "int8" has no GPU kernel, and "layer" is several operators in one
+    call, on a CPU with dot-product instructions.
     """
     name = schema.split("(")[0]
     OPS[name] = cpu
@@ -80,8 +80,8 @@ def register(
 
 
 def _refuse_gradient(name: str, args: tuple[Any, ...]) -> None:
-    """A public function records its gradient and comes here with recording off. Whoever calls torch.ops.gpt2_kernels
-    itself with recording on would get none, and PyTorch says so only in a warning of the backward pass."""
+    """Public functions record their gradient and get here with recording off. A direct call of torch.ops.gpt2_kernels
+    with recording on would get no gradient, and PyTorch says so only in a warning during backward."""
     for arg in args:
         if isinstance(arg, torch.Tensor) and arg.requires_grad:
             raise ValueError(
@@ -91,9 +91,9 @@ def _refuse_gradient(name: str, args: tuple[Any, ...]) -> None:
 
 
 def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
-    """What computes `op` on tensors of `device` ("cpu" or "cuda"), and why where it is not the best there is.
+    """What computes `op` on tensors of `device` ("cpu" or "cuda"), and why, if that is not the fastest path.
 
-    `dtype` is that of the tensors; of the cache, for operators that have one.
+    `dtype` is that of the tensors, or of the cache for operators that have one.
     """
     if op not in OPS:
         raise ValueError(f"path_of: op must be one of {sorted(OPS)}, got {op!r}")
@@ -128,15 +128,15 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
 
 
 def autocast(to: str) -> Callable[[Function], Function]:
-    """Decorates a public function, whose tensors share a dtype: under torch.autocast it casts them to one first.
+    """Decorates a public function whose tensors share a dtype: under torch.autocast they are cast to one first.
 
     to="lower" is autocast's own dtype, for matrix products and attention; to="float32" is for normalisation and losses.
-    These are the choices that PyTorch makes for its functions on a GPU, and here they hold on a CPU too. The casts are
-    ordinary ones, outside of the operator: gradients come back in the dtype of the parameters. float64 is left alone. A
-    fused residual is cast like the rest; add it outside where a stream of residuals is to stay in float32.
+    PyTorch makes the same choices for its functions on a GPU; here they hold on a CPU too. The casts are ordinary ones,
+    outside the operator, so gradients come back in the dtype of the parameters. float64 is left alone. A fused residual
+    is cast like the rest; to keep a residual stream in float32, add it outside.
 
-    These being the functions that have gradients, it is here that forward-mode differentiation is refused: PyTorch asks
-    an operator without a rule for it no question, and its result would count as a constant.
+    Since these are the differentiable functions, forward-mode differentiation is refused here: PyTorch would silently
+    treat the result of an operator without a forward-mode rule as a constant.
     """
     if to not in ("lower", "float32"):
         raise ValueError(f"autocast: to must be 'lower' or 'float32', got {to!r}")
@@ -183,8 +183,8 @@ def _has_tangent(tensor: torch.Tensor) -> bool:
 
 
 def distinct(*args: Any) -> tuple[Any, ...]:
-    """The arguments of an autograd.Function, a tensor that comes again replaced by a view of itself while Dynamo
-    traces: it refuses attention(x, x, x) otherwise."""
+    """The arguments of an autograd.Function, with repeated tensors replaced by views while Dynamo traces: otherwise it
+    refuses attention(x, x, x)."""
     if not torch.compiler.is_compiling():
         return args
     found: list[Any] = []

@@ -1,7 +1,7 @@
-"""What this machine has: GPU, Triton, the compiled extension, and what its CPU multiplies itself.
+"""What this machine has: GPU, Triton, the compiled extension, and the dtypes its CPU can multiply.
 
-Every question about them is answered here, in cached functions, none of them at import: `import gpt2_kernels` works
-with no GPU, no driver and no Triton.
+All such questions are answered here, in cached functions and never at import: `import gpt2_kernels` works without a
+GPU, a driver or Triton.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ def interpreting() -> bool:
 
 
 def accumulator(dtype: torch.dtype) -> Any:
-    """The type in which kernels add and keep statistics: float32.
+    """The type in which kernels accumulate and keep statistics: float32.
 
-    float64 for float64 tensors, which no public function takes: in the interpreter, gradients of the very kernels are
-    checked against finite differences in it.
+    float64 for float64 tensors, which no public function takes: the interpreter uses it to check the kernels' gradients
+    against finite differences.
     """
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which those are stored: `accumulator` as torch names it."""
+    """The torch dtype in which statistics are stored: `accumulator`'s."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability (80, 90, 100 ...) of the GPU whose launch table serves tensors of `device`.
+    """Compute capability (80, 90, 100 ...) that selects the launch table for tensors of `device`.
 
-    For CPU tensors it is the one that kernels are being compiled for offline; the interpreter takes Hopper's tables.
+    For CPU tensors it is the target of offline compilation; the interpreter uses Hopper's tables.
     """
     if device.type == "cuda":
         return _capability(device.index)
@@ -82,9 +82,9 @@ def _capability(index: int) -> int:
 
 
 def gpu_refusal(device: torch.device | None = None, cache_dtype: torch.dtype | None = None) -> str | None:
-    """Why the kernels do not serve a GPU (None: the current one), or a cache of that dtype on it; None where they do.
+    """Why a GPU (None: the current one), or a cache of that dtype on it, is not supported; None if it is.
 
-    The text names the rule and the compute capability got.
+    The text names the rule and the GPU's compute capability.
     """
     if device is None and not torch.cuda.is_available():
         return "there is no GPU"
@@ -115,7 +115,7 @@ def _multiprocessors(index: int) -> int:
 
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
-    """Take one path on CPU tensors whatever the machine offers: "triton", "native" or "torch". For tests and tools."""
+    """Force a path for CPU tensors, whatever the machine offers: "triton", "native" or "torch". For tests and tools."""
     global _forced
     if path not in ("triton", "native", "torch"):
         raise ValueError(f"force: path must be 'triton', 'native' or 'torch', got {path!r}")
@@ -132,12 +132,12 @@ def triton_on_cpu() -> bool:
 
 
 def native(tensor: torch.Tensor) -> bool:
-    """Whether an operation on `tensor` goes to the compiled extension; builds it at the first question."""
+    """Whether an operation on `tensor` goes to the compiled extension, which the first call builds."""
     return tensor.dtype in NATIVE_DTYPES and native_indices(tensor)
 
 
 def native_indices(tensor: torch.Tensor) -> bool:
-    """`native` for an operation on integers alone."""
+    """`native` for an operation on integer tensors only."""
     if tensor.device.type != "cpu" or _forced == "torch":
         return False
     if _forced == "native" and not _native.load():
@@ -147,7 +147,7 @@ def native_indices(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def simd_level() -> int:
-    """What the compiled extension uses of the CPU's instructions. Its compiler may be too old for AMX, or the system
+    """The instruction-set level that the compiled extension uses. Its compiler may be too old for AMX, or the system may
     refuse it."""
     return _native.ops().simd_level(ALL_INSTRUCTIONS)
 
@@ -166,7 +166,7 @@ def native_products(x: torch.Tensor) -> bool:
 
 
 def torch_products(x: torch.Tensor) -> bool:
-    """Whether PyTorch multiplies `x` faster, where rows need not be batch-invariant and no activation is to be fused.
+    """Whether PyTorch multiplies `x` faster, if batch invariance is not needed and no activation is fused.
 
     In float32 on an Intel Xeon ours takes 1.05 to 1.5 times as long from 128 rows on, on an AMD EPYC as long; in
     bfloat16 by AMX 1 to 1.9 times.
@@ -175,14 +175,14 @@ def torch_products(x: torch.Tensor) -> bool:
 
 
 def multiplies(x: torch.Tensor) -> bool:
-    """Whether the CPU multiplies the dtype of `x` itself, so that PyTorch's products of it are fast."""
+    """Whether the CPU has instructions for products in the dtype of `x`, so that PyTorch's are fast."""
     if x.dtype == torch.bfloat16:
         return has_amx() or native_products(x)
     return x.dtype in (torch.float32, torch.float64)
 
 
 def cpu_dtype() -> torch.dtype:
-    """The faster dtype to generate in on this CPU: bfloat16 where it multiplies that itself, else float32."""
+    """The faster dtype for generation on this CPU: bfloat16 if it has instructions for it, else float32."""
     if triton_on_cpu():  # the interpreter's bfloat16 is wrong
         return torch.float32
     return torch.bfloat16 if multiplies(torch.empty(0, dtype=torch.bfloat16)) else torch.float32
