@@ -147,7 +147,7 @@ def native_indices(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def simd_level() -> int:
-    """The instruction-set level that the compiled extension uses. Its compiler may be too old for AMX, or the system may
+    """The instruction-set level that the compiled extension uses: its compiler may be too old for AMX, or the system
     refuse it."""
     return _native.ops().simd_level(ALL_INSTRUCTIONS)
 
