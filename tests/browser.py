@@ -1,4 +1,4 @@
-"""Headless Chromium over the Chrome DevTools Protocol: as much of a driver as these tests need.
+"""Headless Chromium over the Chrome DevTools Protocol: only as much of a driver as these tests need.
 
     with browser() as page:
         page.open(url)
@@ -43,7 +43,7 @@ class Page:
         self._connection = connection
         self._number = 0
         self.requests: list[str] = []
-        self.errors: list[str] = []  # exceptions and complaints of the page
+        self.errors: list[str] = []  # exceptions and errors of the page
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1
@@ -71,7 +71,7 @@ class Page:
 
     def dark(self, on: bool) -> None:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
-        still = {"name": "prefers-reduced-motion", "value": "reduce"}  # pictures show no half of a transition
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}  # no screenshot halfway in a transition
         self.call("Emulation.setEmulatedMedia", features=[scheme, still])
 
     def js(self, expression: str) -> Any:

@@ -1,4 +1,4 @@
-"""Which operators PyTorch was asked for, by autograd too: what is promised not to happen can be looked for."""
+"""Records which operators PyTorch was asked for, by autograd too, so that tests can check what must not happen."""
 
 from __future__ import annotations
 

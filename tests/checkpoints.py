@@ -2,7 +2,7 @@
 
     folder = random_checkpoint(tmp_path / "model", tiny_config(n_layer=3), seed=1, tokenizer=True)
     model = ReferenceGPT2.from_pretrained(folder)
-    theirs = transformers_model(folder)  # skips the test where transformers is not installed
+    theirs = transformers_model(folder)  # skips the test if transformers is not installed
 
 Written with numpy and safetensors alone, so that it shares no line with `gpt2.weights`, which it tests.
 """
@@ -25,7 +25,7 @@ from gpt2.config import GPT2Config
 
 
 def tiny_config(**changes: Any) -> GPT2Config:
-    """Two layers of width 32 with two heads, 288 tokens of which the last ends a text, 64 positions."""
+    """Two layers of width 32 with two heads, 288 tokens, the last of which ends a text, and 64 positions."""
     values: dict[str, Any] = dict(vocab_size=288, n_positions=64, n_embd=32, n_layer=2, n_head=2) | changes
     values.setdefault("eos_token_id", values["vocab_size"] - 1)
     return GPT2Config(**values)
@@ -48,8 +48,8 @@ def random_checkpoint(
 def random_tensors(config: GPT2Config, seed: int = 0) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors, matrices (in, out), scaled so that nothing is trivial at any width.
 
-    LayerNorm weights lie around 1 and no bias is 0; attention differs from token to token; logits have a standard
-    deviation of about 2, so that the likeliest token is not a matter of rounding.
+    LayerNorm weights are around 1 and no bias is 0; attention differs from token to token; logits have a standard
+    deviation of about 2, so that rounding does not decide the likeliest token.
     """
     generator = np.random.default_rng(seed)
     c, inner = config.n_embd, config.mlp_width
@@ -75,7 +75,7 @@ def random_tensors(config: GPT2Config, seed: int = 0) -> dict[str, torch.Tensor]
 
 
 def byte_tokenizer(path: Path, vocab_size: int) -> Path:
-    """Write a rank file: the 256 bytes, then pairs of letters (" a", " b", ..); `<|endoftext|>` is the last number."""
+    """Write a rank file: the 256 bytes, then pairs of letters (" a", " b", ..); `<|endoftext|>` has the last id."""
     pairs = [(a + b).encode() for a, b in itertools.product(" " + string.ascii_lowercase, string.ascii_lowercase)]
     if not 257 <= vocab_size <= 257 + len(pairs):
         raise ValueError(f"byte_tokenizer: vocab_size must lie in 257..{257 + len(pairs)}, got {vocab_size}")
@@ -85,7 +85,7 @@ def byte_tokenizer(path: Path, vocab_size: int) -> Path:
 
 
 def transformers_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """transformers' own GPT2LMHeadModel of a folder, which must hold every tensor it asks for and no other."""
+    """transformers' own GPT2LMHeadModel from a folder, which must hold exactly the tensors that it asks for."""
     transformers = pytest.importorskip("transformers")
     options.setdefault("attn_implementation", "eager")
     model, info = transformers.GPT2LMHeadModel.from_pretrained(

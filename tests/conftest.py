@@ -1,8 +1,8 @@
-"""How the suite runs, and says so.
+"""How the suite runs, which the header of a run reports.
 
 With a GPU, kernel tests run on it. Without one they run in Triton's interpreter, repaired (interpreter.py) and
-watched by a memory and race sanitizer (sanitizer.py). Each kernel test runs a second time on what a CPU takes: the
-compiled C++ operators and PyTorch. Tests of the model and the engine take the production path of the machine.
+watched by a memory and race sanitizer (sanitizer.py). Each kernel test also runs on the CPU path: the compiled C++
+operators and PyTorch. Tests of the model and the engine take the machine's production path.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 if (SHARED / "tiktoken-cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken-cache"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may access the network
 
 from gpt2_kernels import _native, _runtime  # noqa: E402
 
@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `-n auto`; each takes half a gigabyte, and compiles kernels of its own on a GPU."""
+    """The workers of `-n auto`; each takes half a gigabyte, and on a GPU compiles its own kernels."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8)
 
@@ -76,7 +76,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(params=["triton", "cpu"])
 def path(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Runs a kernel test twice: on the Triton kernel, and on what a CPU takes. Yields the device for its tensors."""
+    """Runs a kernel test twice: on the Triton kernel and on the CPU path. Yields the device for its tensors."""
     torch.manual_seed(0)
     if request.param == "cpu":
         with _runtime.force("native" if _native.load() else "torch"):
@@ -101,7 +101,7 @@ def production() -> Iterator[torch.device]:
 
 @pytest.fixture
 def ops() -> Iterator[Any]:
-    """The compiled operators themselves; instruction set and thread count are put back afterwards."""
+    """The compiled operators themselves; instruction set and thread count are restored afterwards."""
     if not _native.load():
         pytest.skip(_native.status())
     torch.manual_seed(0)

@@ -1,16 +1,16 @@
-"""Repairs of Triton's interpreter, so that kernels run on a CPU give the numbers that the GPU would give.
+"""Repairs of Triton's interpreter, so that kernels run on a CPU give the numbers that a GPU would give.
 
 The stock interpreter (triton 3.6 and 3.7) multiplies bfloat16 bit patterns as integers, truncates float32 -> bfloat16,
-ignores `tl.device_assert`, and refuses autotuned kernels, libdevice and inline assembly. `install()` mends that, in
+ignores `tl.device_assert`, and refuses autotuned kernels, libdevice and inline assembly. `install()` fixes that, in
 this process only:
 
     os.environ["TRITON_INTERPRET"] = "1"    # before the first `import triton`
     import interpreter
     interpreter.install()
 
-bfloat16 lives in the interpreter as uint16 and float8 as uint8: the repairs of numbers are about when to decode and
-when to encode those. A kernel must call libdevice through its module (`libdevice.tanh(x)`), or import the function
-after `install()`.
+The interpreter holds bfloat16 as uint16 and float8 as uint8: the repairs of arithmetic decide when to decode and when
+to encode those. A kernel must call libdevice through its module (`libdevice.tanh(x)`), or import the function after
+`install()`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LIBDEVICE: dict[str, Callable] = {
 def install(
     *, debug_asserts: bool = True, overflow_checks: bool = False, tf32: bool = False, gpu_min_dot: bool = True
 ) -> None:
-    """Repairs the interpreter once; a later call changes the settings alone.
+    """Repairs the interpreter once; a later call only changes the settings.
 
     debug_asserts: `tl.device_assert` raises.
     overflow_checks: int32 overflow raises (about twice as slow; needs debug_asserts).
@@ -125,7 +125,7 @@ def float32_to_float8(values: np.ndarray, dtype: tl.dtype) -> np.ndarray:
 
 
 def _decode(handle: Handle) -> np.ndarray:
-    """The handle's numbers: bfloat16 and float8 as float32, everything else as it is."""
+    """The handle's values: bfloat16 and float8 as float32, everything else unchanged."""
     dtype = handle.dtype.scalar
     if dtype == tl.bfloat16:
         return bfloat16_to_float32(handle.data)
@@ -152,7 +152,7 @@ def _convert(source: Handle, target: tl.dtype, toward_zero: bool = False) -> Han
 
 
 def _repair_conversions() -> None:
-    """Conversions from and to bfloat16 and float8 go by value and round to nearest even."""
+    """Conversions from and to bfloat16 and float8 convert values and round to nearest even."""
     stock_cast, stock_fp_to_fp = Builder.cast_impl, Builder.create_fp_to_fp
 
     def cast_impl(self, source, target_type):
@@ -173,9 +173,9 @@ def _repair_conversions() -> None:
 
 def _repair_arithmetic() -> None:
     """bfloat16 operations compute in float32 and round once each; comparisons compare values, not bit patterns, and
-    give int1: stock ones keep the operands' type, so that a block made of one scalar comparison is no mask.
+    give int1: stock ones keep the operands' type, so that a block made of one scalar comparison is not a mask.
 
-    The functions of tl.math take no bfloat16, and tl.sum, max, clamp and the like promote it by themselves.
+    The functions of tl.math take no bfloat16, and tl.sum, max, clamp and the like promote it themselves.
     """
     stock_binary_op, stock_fma = Builder.binary_op, Builder.create_fma
 
@@ -198,7 +198,7 @@ def _repair_arithmetic() -> None:
 
 
 def _repair_dot() -> None:
-    """tl.dot multiplies decoded operands and adds in the accumulator's type, or in float32 where that is wider."""
+    """tl.dot multiplies decoded operands and adds in the accumulator's type, or in float32 if that is wider."""
 
     def create_dot(self, lhs, rhs, accumulator, input_precision, max_num_imprecise_acc):
         a, b = _decode(lhs), _decode(rhs)
@@ -212,7 +212,7 @@ def _repair_dot() -> None:
 
 
 def _repair_atomics() -> None:
-    """tl.atomic_add on bfloat16, lane after lane, so that lanes with one address all count."""
+    """tl.atomic_add on bfloat16, lane by lane, so that all lanes with the same address count."""
     stock_rmw = Builder.create_atomic_rmw
 
     def create_atomic_rmw(self, operation, pointer, value, mask, semantics, scope):
@@ -276,7 +276,7 @@ def _repair_index() -> None:
 
 
 def _repair_reductions() -> None:
-    """tl.reduce and tl.associative_scan with any combine function: log2(n) calls on blocks, not n on scalars."""
+    """tl.reduce and tl.associative_scan with any combine function: log2(n) calls on blocks, not n calls on scalars."""
     stock.ReduceOps.generic_reduce = _reduce_by_halves
     stock.ScanOps.generic_scan = _scan_by_doubling
 
@@ -297,7 +297,7 @@ def _combine(function, left: list[np.ndarray], right: list[np.ndarray], dtypes: 
 
 
 def _reduce_by_halves(self, inputs):
-    """Combines neighbours until one is left, so the order of a non-commutative combine function is kept."""
+    """Combines neighbours until one is left, which keeps the order for a non-commutative combine function."""
     dtypes = [tensor.dtype for tensor in inputs]
     arrays = [tensor.handle.data for tensor in inputs]
     rank = arrays[0].ndim
@@ -318,7 +318,7 @@ def _reduce_by_halves(self, inputs):
 
 
 def _scan_by_doubling(self, inputs):
-    """Hillis-Steele scan: after step k each element holds the combination of the 2**k elements that end with it."""
+    """Hillis-Steele scan: after step k each element holds the combination of the 2**k elements up to it."""
     dtypes = [tensor.dtype for tensor in inputs]
     blocks = [np.moveaxis(tensor.handle.data, self.axis, 0) for tensor in inputs]
     distance = 1
@@ -336,7 +336,7 @@ def _scan_by_doubling(self, inputs):
 
 @dataclasses.dataclass
 class _LanguagePatches:
-    """The patches of triton.language that are on, by the id of the module globals that they were made for."""
+    """The active patches of triton.language, by the id of the module globals that they were made for."""
 
     scopes: dict[int, Any] = dataclasses.field(default_factory=dict)
 
@@ -347,7 +347,7 @@ class _LanguagePatches:
 
 
 def _repair_calls() -> None:
-    """Device functions (tl.sum and tl.zeros are such) patch triton.language once per launch, not on every call.
+    """Device functions (such as tl.sum and tl.zeros) patch triton.language once per launch, not on every call.
 
     NumPy's floating-point warnings are off during a launch: a GPU gives none, and exp(-inf - m) is ordinary there.
     """
@@ -396,8 +396,8 @@ def _repair_autotune() -> None:
 def _repair_gpu_functions() -> None:
     """libdevice, programmatic dependent launch (nothing to wait for here) and inline assembly.
 
-    triton.language.extra loads its backends by itself, so that `tl.extra.cuda` and the module that
-    `import triton.language.extra.cuda` gives are two objects; both are mended.
+    triton.language.extra loads its backends itself, so `tl.extra.cuda` and the module that
+    `import triton.language.extra.cuda` gives are two objects; both are repaired.
     """
     backends = [importlib.import_module("triton.language.extra.cuda"), tl.extra.cuda]
     libraries = [backend.libdevice for backend in backends]
@@ -413,7 +413,7 @@ def _repair_gpu_functions() -> None:
 
 
 def _elementwise(function):
-    """A device function of one argument from a NumPy function."""
+    """Makes a device function of one argument from a NumPy function."""
 
     def device_function(x, _semantic=None):
         data = np.asarray(function(x.handle.data), dtype=x.handle.data.dtype)
@@ -433,7 +433,7 @@ class _AsmResult:
 
 
 def _inline_asm(self, source, constraints, values, types, is_pure, pack):
-    """Inline assembly of exactly one instruction that ASM knows, all of one type."""
+    """Inline assembly of exactly one instruction in ASM, with all operands of one type."""
     instructions = [line.strip() for line in source.split(";") if line.strip()]
     name = instructions[0].split()[0] if len(instructions) == 1 else source
     if name not in ASM:

@@ -49,7 +49,7 @@ def main() -> None:
 
         jit.compute_cache_key = counted
 
-        # every pair of values that Triton may tell apart, in an order that mixes them, twice
+        # every pair of values that Triton may specialize on, in a mixed order, twice
         storage = {dtype: torch.zeros(64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int32)}
         tensors = [t[offset : offset + 16] for t in storage.values() for offset in (0, 1)]
         tensors.append(torch.nn.Parameter(storage[torch.float32][:16]))
@@ -60,7 +60,7 @@ def main() -> None:
         calls += [(*base[:3], n, *base[4:]) for n in integers]
         calls += [(*base[:4], m, base[5]) for m in integers]
         calls += [(*base[:5], scale) for scale in (0.0, 1.0, 2, 16, True)]
-        # the same values under exchanged names, the same names in another order, another value, another option
+        # the same values under swapped names, the same names in another order, another value, another option
         options = [dict(BLOCK=16, KIND=8), dict(KIND=16, BLOCK=8), dict(KIND=8, BLOCK=16), dict(BLOCK=16, KIND=0)]
         options.append(dict(BLOCK=16, KIND=8, num_warps=2))
         calls = [*itertools.product(calls, options[:1]), *itertools.product(calls[:2] + calls[-2:], options[1:])]

@@ -10,9 +10,9 @@ GRADIENT_LAYOUTS = (*LAYOUTS, "one value")  # what `.sum().backward()` hands bac
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
-    """x with the same values (but where expanded those of its first part, or its first value), laid out so in memory.
+    """x with the same values (when expanded, those of its first part or its first value), laid out so in memory.
 
-    What lies between the elements is NaN: a kernel that reads beside its tensor shows it.
+    What lies between the elements is NaN, which exposes a kernel that reads outside its tensor.
     """
     if layout == "contiguous":
         return x.contiguous()

@@ -1,4 +1,4 @@
-"""A GPT written after karpathy/nanoGPT, from its published description: names and shapes are what `apply` goes by."""
+"""A GPT written after karpathy/nanoGPT, from its published description: `apply` goes by its names and shapes."""
 
 from __future__ import annotations
 

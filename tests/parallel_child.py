@@ -30,7 +30,7 @@ def trainer(world: World, folder: str, **changes: object) -> Trainer:
 
 
 def data_parallel(world: World, folder: str) -> None:
-    """Losses, gradients (their length, and what AdamW made of them) and weights of one process; 3 steps, one border."""
+    """Losses, gradients (norm and effect on AdamW) and weights equal one process's; 3 steps, over one pass boundary."""
     for options in ({}, {"parallel": "fsdp"}, {"dtype": "bfloat16"}, {"parallel": "fsdp", "dtype": "bfloat16"}):
         alone, together = trainer(ALONE, folder, **options), trainer(world, folder, **options)
         exact = "dtype" not in options  # bfloat16 gradients are rounded before or after they are added
@@ -45,8 +45,8 @@ def data_parallel(world: World, folder: str) -> None:
         assert isinstance(local, torch.distributed.tensor.DTensor) == sharded
         expected, found = alone.state(), together.state()
         if world.rank == 0:
-            # The bias of a key has no gradient but that of rounding, of which AdamW makes a whole step: in bfloat16 it
-            # may go the other way, 2 lr a step.
+            # The key bias has no gradient but rounding error, which AdamW turns into a full step: in bfloat16 it may go
+            # the other way, 2 lr per step.
             for name, tensor in expected["model"].items():
                 torch.testing.assert_close(found["model"][name], tensor, atol=1e-4 if exact else 6e-2, rtol=1e-3)
         tokens = alone.windows.tokens[:130]
@@ -54,9 +54,9 @@ def data_parallel(world: World, folder: str) -> None:
 
 
 def resume(world: World, folder: str) -> None:
-    """A run with its last checkpoint lost goes on from the one before to the same bits.
+    """A run that lost its last checkpoint resumes from the one before and ends with the same bits.
 
-    Also where gradients fill several of DDP's buckets, and three processes add: the order of a sum shows.
+    Also where gradients fill several DDP buckets and three processes add, so that the order of a sum shows.
     """
     text = str(Path(folder) / "words.txt")
     dist._DEFAULT_FIRST_BUCKET_BYTES = 1024
@@ -87,13 +87,13 @@ def resume(world: World, folder: str) -> None:
 
 
 def tensor_parallel(world: World, folder: str) -> None:
-    """Logits and greedy text of the whole model; also with three heads on two processes, uneven as 25 of gpt2-xl."""
+    """Logits and greedy text equal the whole model's; also with three heads on two processes, uneven like gpt2-xl's."""
     mesh = init_device_mesh("cpu", (world.size,))
     for heads, dtype in ((2, torch.float32), (3, torch.float32), (4, torch.bfloat16)):
         torch.manual_seed(heads)
         whole = GPT2(tiny_config(n_embd=16 * heads, n_head=heads)).to(dtype).eval()
         with torch.no_grad():
-            for parameter in whole.parameters():  # biases too, which are added once and not by each
+            for parameter in whole.parameters():  # also biases, which are added once and not by each process
                 parameter.add_(0.1 * torch.randn_like(parameter))
         split = parallel.tensor_parallel(copy.deepcopy(whole), mesh)
         mine = split.cache_heads
@@ -123,7 +123,7 @@ def tensor_parallel(world: World, folder: str) -> None:
 
 
 def defaults(world: World, folder: str) -> None:
-    """Without num_blocks and seeds the engines of a split model agree; where they do not, one waits for ever."""
+    """Without num_blocks and seeds the engines of a split model agree; if they did not, one would wait forever."""
     torch.manual_seed(0)
     model = GPT2(tiny_config(n_embd=48, n_head=3)).eval()
     room = 2 * cache.block_bytes(model, 16, torch.float32)  # three blocks of two heads, six of one
@@ -142,7 +142,7 @@ def defaults(world: World, folder: str) -> None:
 
 
 def rows(world: World, folder: str) -> None:
-    """A row of what three processes add has the same bits alone and among others."""
+    """A row of a sum over three processes has the same bits alone and among others."""
     mesh = init_device_mesh("cpu", (world.size,))
     for dtype in (torch.float32, torch.bfloat16):
         part = torch.randn(64, 1600, generator=torch.Generator().manual_seed(world.rank)).to(dtype)
@@ -155,7 +155,7 @@ def rows(world: World, folder: str) -> None:
 
 
 def failure(world: World, folder: str) -> None:
-    """What goes wrong in process 0 ends the others too, with the same words."""
+    """An error in process 0 ends the others too, with the same message."""
     try:
         training._Run(Recipe(data="/dev/null", model=folder, batch_size=4), Path(folder) / "failed", False, world)
     except ValueError as e:

@@ -2,22 +2,22 @@
 
     with sanitize() as watch:
         my_op(x)                            # raises MemoryFault at the first bad access of any kernel
-    assert watch.unwritten("y_ptr") == 0    # elements of that argument which the last launch never stored
+    assert watch.unwritten("y_ptr") == 0    # elements of that argument that the last launch never stored
 
 Every active lane of every load, store and atomic must fall on an element of some tensor argument of the launch: not
-beside it, not in a hole of a strided view, not across an element's border. Within one launch, two programs must not
-store the same element, nor one load what another stores. Programs run in random order, since on a GPU there is none.
+beside it, not in a hole of a strided view, not across an element boundary. Within one launch, two programs must not
+store the same element, nor may one load what another stores. Programs run in random order, since a GPU guarantees none.
 
-Atomics may order programs, and then sharing is no race: what a program stored or loaded before a `tl.debug_barrier()`
-and then released by an atomic of one address is ordered before what another does that acquires it from there. Nothing
-less counts: a relaxed atomic orders nothing, nor does one without a barrier before it, which waits for its own thread
-alone, nor an atomic of many addresses. An element that is updated atomically may be loaded or stored by the program
-whose atomic was the last on it.
+Atomics may order programs, and then sharing is not a race: what a program stored or loaded before a
+`tl.debug_barrier()`, and then released by an atomic on one address, is ordered before what another program does after
+acquiring it there. Nothing less counts: a relaxed atomic orders nothing, nor does an atomic without a barrier before
+it, which waits for its own thread alone, nor one on many addresses. An element that is updated atomically may be loaded
+or stored by the program whose atomic on it was the last.
 
-Kernels run on copies of the storages of their arguments, each between two red zones, and what they stored is copied
-back: an overrun of one argument can then never look like a legal access of its neighbour. A storage above
-IN_PLACE_BYTES stays where it is, so that a test may use a lazily committed buffer of any size: nothing here grows with
-the span of a view, only with its number of elements.
+Kernels run on copies of their arguments' storages, each between two red zones, and what they stored is copied back: an
+overrun of one argument can then never look like a legal access to its neighbour. A storage above IN_PLACE_BYTES stays
+where it is, so that a test may use a lazily committed buffer of any size: costs grow with a view's number of elements,
+not with its span.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from triton.runtime import interpreter as stock
 from triton.runtime.errors import InterpreterError
 
 IN_PLACE_BYTES = 256 << 20  # larger storages are neither copied nor given red zones
-TRACKED_ELEMENTS = 1 << 26  # larger arguments are bounds-checked alone: no races, no unwritten()
+TRACKED_ELEMENTS = 1 << 26  # larger arguments are only bounds-checked: no races, no unwritten()
 SEVERAL_PROGRAMS = -1  # in Region.reader
 ACQUIRES = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 
 
 class MemoryFault(InterpreterError):
-    """A kernel touched memory that it must not touch; the message names kernel, program, line, argument and element."""
+    """A kernel touched memory it must not; the message names kernel, program, line, argument and element."""
 
 
 # --- one argument ---------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def nested_dims(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int,
         if dims and dims[-1][0] == stride * size:
             size *= dims.pop()[1]
         dims.append((stride, size))
-    reach = 0  # the largest offset that the narrower dimensions make
+    reach = 0  # the largest offset within the narrower dimensions
     for stride, size in reversed(dims):
         if stride <= reach:
             return None
@@ -89,7 +89,7 @@ class Region:
         tracked = self.count if self.tracked else 0
         self.writer = np.zeros(tracked, np.int32)  # 0 = nobody, else the program's number + 1
         self.reader = np.zeros(tracked, np.int32)  # the same, or SEVERAL_PROGRAMS
-        self.atomic = np.zeros(tracked, np.int32)  # as writer: whose atomic was the last
+        self.atomic = np.zeros(tracked, np.int32)  # like writer: whose atomic was the last
         self.written = np.zeros(tracked, np.int32)  # how many barriers the writer had passed
         self.read = np.zeros(tracked, np.int32)  # and the reader
 
@@ -185,12 +185,12 @@ class Sanitizer:
         self.kernel = ""
         self.regions: list[Region] = []
         self.copies = Copies(0, set())
-        self.program_order: list[int] = []  # the program that runs n-th
+        self.program_order: list[int] = []  # the n-th program to run
         self.program = 0
-        # Vector clocks, which count barriers: what program p did before its n-th one is known to whoever knows n of p.
-        self.barriers = 0  # that the running program has passed
-        self.known: dict[int, int] = {}  # to the running program
-        self.clocks: dict[int, dict[int, int]] = {}  # address of an atomic -> what whoever acquires it gets to know
+        # Vector clocks that count barriers: whoever knows n of program p knows what p did before its n-th barrier.
+        self.barriers = 0  # how many the running program has passed
+        self.known: dict[int, int] = {}  # what the running program knows
+        self.clocks: dict[int, dict[int, int]] = {}  # address of an atomic -> what acquiring it makes known
 
     def unwritten(self, name: str) -> int:
         """How many elements of argument `name` the last launch neither stored nor updated atomically."""
@@ -205,7 +205,7 @@ class Sanitizer:
         return int(np.count_nonzero((region.writer == 0) & (region.atomic == 0)))
 
     def begin_launch(self, kernel: str, names: Sequence[str], args: Sequence, kwargs: dict) -> tuple[list, dict]:
-        """Starts the records of a launch; returns its arguments with copies in place of tensors."""
+        """Starts recording a launch; returns its arguments with copies in place of tensors."""
         extra_storages = {tensor.untyped_storage().data_ptr() for tensor in self.extra}
         self.copies = Copies(self.redzone, extra_storages)
         args = [self.copies.move(value) for value in args]
@@ -231,7 +231,7 @@ class Sanitizer:
         self.program, self.barriers, self.known = program, 0, {}
 
     def order(self, addresses: np.ndarray, semantic: ir.MEM_SEMANTIC) -> None:
-        """What an atomic of one address tells its program, and whoever acquires that address later."""
+        """What an atomic on one address tells its program, and whoever acquires that address later."""
         if addresses.size != 1:
             return
         clock = self.clocks.setdefault(int(addresses.flat[0]), {})
@@ -248,7 +248,7 @@ class Sanitizer:
             return
         lowest, highest = int(addresses.min()), int(addresses.max())
         legal = np.zeros(addresses.size, bool)
-        for region in self.regions:  # all of them: views of one storage interleave (q, k and v of a fused projection)
+        for region in self.regions:  # all regions: views of one storage interleave (q, k and v of a fused projection)
             if lowest < region.end and highest >= region.start:
                 self._visit(region, addresses, width, kind, legal)
         if not legal.all():
@@ -258,7 +258,7 @@ class Sanitizer:
         """Marks the lanes that fall on elements of the region as legal, and records them there."""
         lanes = np.flatnonzero((addresses >= np.uint64(region.start)) & (addresses < np.uint64(region.end)))
         offsets = (addresses[lanes] - np.uint64(region.start)).astype(np.int64)
-        if width != region.item_size:  # a pointer that was cast: only its bounds are known
+        if width != region.item_size:  # a cast pointer: only its bounds are known
             legal[lanes] |= offsets + width <= region.end - region.start
             region.stored |= kind != "load"
             return
@@ -289,7 +289,7 @@ class Sanitizer:
             region.read[elements] = self.barriers
 
     def _ordered(self, programs: np.ndarray, barriers: np.ndarray) -> np.ndarray:
-        """Whether what each program (its number + 1) did after so many barriers is over, as this program knows."""
+        """Whether this program knows that what each program (number + 1) did after so many barriers is over."""
         known = np.zeros(barriers.shape, np.int32)
         for program, number in self.known.items():
             known[programs == program + 1] = number
@@ -317,7 +317,7 @@ class Sanitizer:
             race(region.atomic[elements], False, "updated atomically")
 
     def _raise_duplicate(self, region: Region, elements: np.ndarray, addresses: np.ndarray) -> None:
-        """One store has two lanes with the same address: which of them wins is undefined."""
+        """One store has two lanes with the same address, so which of them wins is undefined."""
         lanes = np.arange(elements.size, dtype=np.int32)
         region.writer[elements] = lanes  # scratch: the caller writes the program there next
         beaten = region.writer[elements] != lanes
@@ -360,7 +360,7 @@ def _kernel_line() -> str:
 
 # --- hooks in the interpreter ---------------------------------------------------------------------------------------
 
-_watching: list[Sanitizer] = []  # only the innermost one sees a launch
+_watching: list[Sanitizer] = []  # only the innermost sanitizer sees a launch
 
 
 @contextlib.contextmanager
@@ -378,7 +378,7 @@ def sanitize(
     races: report races between programs, and duplicate addresses in one store.
     shuffle, seed: run programs in random order.
     extra: tensors that kernels reach through a table of pointers.
-    strict_views: the holes of a strided view are forbidden.
+    strict_views: forbid access to the holes of a strided view.
     redzone: bytes on either side of each copy; 0 runs the kernel on the caller's own memory.
     """
     sanitizer = Sanitizer(races, shuffle, extra, strict_views, seed, redzone)

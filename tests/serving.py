@@ -2,7 +2,7 @@
 
     with serving(create_app(engine, "tiny")) as url: ...
 
-By hand, against any server, whose answers must equal those of an engine of its own:
+By hand, against any server, whose answers must equal those of an engine in this process:
     gpt2 serve --port 8000 --dtype float32
     python tests/serving.py http://127.0.0.1:8000 --clients 64 --seconds 60
 """
@@ -36,7 +36,7 @@ _ROOT = Path(__file__).parents[1]
 
 @contextlib.contextmanager
 def serving(app: Any) -> Iterator[str]:
-    """The application behind a port of 127.0.0.1; yields its URL."""
+    """Serves the application on a port of 127.0.0.1; yields its URL."""
     import uvicorn
 
     from gpt2.explorer.server import Server
@@ -57,7 +57,7 @@ def serving(app: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def command(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`gpt2 serve` on a free port, in float32 as what it is compared with, and its URL."""
+    """`gpt2 serve` on a free port, in float32 like what it is compared with, and its URL."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(_ROOT / "kernels"), str(_ROOT)])
     process = subprocess.Popen(
@@ -81,7 +81,7 @@ def command(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A request, and what it must be answered."""
+    """A request, and the answer it must get."""
 
     prompt: str
     params: SamplingParams
@@ -102,7 +102,7 @@ def cases(engine: Engine, prompts: Sequence[str], max_tokens: int, count: int = 
 
 
 async def load(url: str, model: str, cases: Sequence[Case], clients: int, seconds: float) -> dict[str, Any]:
-    """Let `clients` ask for `seconds`, half of the time in streams; every answer is compared. Returns what was done."""
+    """Lets `clients` send requests for `seconds`, half of them streamed; compares every answer. Returns a summary."""
     end = time.monotonic() + seconds
     counts = {"requests": 0, "streams": 0, "tokens": 0}
     started = time.monotonic()

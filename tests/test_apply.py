@@ -1,4 +1,4 @@
-"""`apply`: other people's models before and after, on both paths, and everything that may be done to a model."""
+"""`apply`: other people's models before and after it, on both paths, and everything that may be done to a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-5)  # float32, sums in another order
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights under which nothing is trivial: norms off 1, biases off 0, activations of size 1."""
+    """Weights that make nothing trivial: norms not 1, biases not 0, activations of size 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -61,8 +61,8 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def padded(tokens: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """The attention mask of rows of different lengths, and labels that leave out what is, or follows, padding: what
-    eager attention computes for a row that sees no key is arbitrary, the mean over all of them."""
+    """The attention mask of rows of different lengths, and labels that leave out padding and what follows it: for a row
+    that sees no key, eager attention computes something arbitrary, the mean over all keys."""
     mask = torch.ones_like(tokens)
     for row, pads in enumerate((0, 3, 6)):
         if pads:
@@ -110,7 +110,7 @@ def test_each_gelu_of_transformers(path: torch.device, activation: str) -> None:
 
 
 def test_thirty_steps_of_training_give_the_same_losses(production: torch.device) -> None:
-    """A tiny transformers GPT-2, AdamW, random batches: the whole curve to 1e-4 relative."""
+    """A tiny transformers GPT-2, AdamW, random batches: the whole loss curve to 1e-4 relative."""
 
     def curve(use_ours: bool) -> list[float]:
         model = gpt2().to(production).train()
@@ -176,7 +176,7 @@ def test_a_shared_config_changes_for_the_applied_model_alone(production: torch.d
 
 @pytest.mark.parametrize("given", ["attention_mask", "position_ids"])
 def test_without_a_cache_padding_and_packed_sequences_are_seen(production: torch.device, given: str) -> None:
-    """Without a cache a model needs no mask where neither is given: the hook that says so must look for both."""
+    """Without a cache a model needs no mask if neither is given: the hook that decides this must look for both."""
     model = randomize(gpt2(use_cache=False)).to(production).eval()
     tokens = torch.randint(60, (2, 9), device=production)
     value = torch.ones_like(tokens) if given == "attention_mask" else torch.arange(9, device=production).repeat(2, 1)
@@ -191,7 +191,7 @@ def test_without_a_cache_padding_and_packed_sequences_are_seen(production: torch
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_part_of_a_gpt2_leaves_its_attention(production: torch.device, implementation: str) -> None:
-    """The masks it is handed are made outside, for the implementation that is chosen there: it failed on them."""
+    """Its masks are made outside, for the attention implementation chosen there; replaced attention failed on them."""
     model = gpt2(attn_implementation=implementation).to(production)
     tokens = torch.randint(1, 60, (3, 13), device=production)
     mask, _ = padded(tokens, "left")
@@ -220,7 +220,7 @@ def test_generation_gives_the_same_text(production: torch.device) -> None:
 
 
 def test_an_adapter_or_a_hook_put_in_later_is_not_passed_by(production: torch.device) -> None:
-    """The fused MLP reads its layers' weights without calling them: never where somebody changed a layer."""
+    """The fused MLP reads its layers' weights without calling the layers: it must not where somebody changed one."""
     pytest.importorskip("transformers")
     model = gpt2(n_layer=1)
     gpt2_kernels.apply(model)
@@ -235,7 +235,7 @@ def test_an_adapter_or_a_hook_put_in_later_is_not_passed_by(production: torch.de
     class Adapter(nn.Module):
         def __init__(self, base: nn.Module) -> None:
             super().__init__()
-            self.base, self.weight, self.bias = base, base.weight, base.bias  # as adapters offer the weights below
+            self.base, self.weight, self.bias = base, base.weight, base.bias  # adapters expose weights like this
 
         def forward(self, x: Tensor) -> Tensor:
             return self.base(x) + 1
@@ -279,7 +279,7 @@ def test_nanogpt(path: torch.device, bias: bool, flash: bool) -> None:
     theirs, their_gradients = results()
     state = torch.get_rng_state()
     handle = gpt2_kernels.apply(model)
-    assert torch.equal(torch.get_rng_state(), state)  # the trial draws from a generator of its own
+    assert torch.equal(torch.get_rng_state(), state)  # the trial has its own generator
     assert len(handle.report.replaced) == 2 * 4 + 1 and not handle.report.kept, handle.report
     ours, our_gradients = results()
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
@@ -353,14 +353,14 @@ IMPOSTORS: dict[str, Callable[[], nn.Module]] = {
 
 
 def attend(self: Any, qkv: Tensor, **options: Any) -> Tensor:
-    """nanoGPT's attention by torch's function, with other options where they are given."""
+    """nanoGPT's attention by torch's function, with other options if given."""
     q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
     out = F.scaled_dot_product_attention(q, k, v, **(options or {"is_causal": True}))
     return self.c_proj(out.transpose(1, 2).flatten(2))
 
 
 def local(self: Any, x: Tensor) -> Tensor:
-    """Each block of 2048 tokens alone, where there are several."""
+    """Attention within each block of 2048 tokens, if there are several."""
     B, T, C = x.shape
     return attend(self, self.c_attn(x.view(-1, T if T % 2048 else 2048, C))).view(B, T, C)
 
@@ -408,7 +408,7 @@ def remembering(self: Any, x: Tensor) -> Tensor:
 ATTENTION = nanogpt.CausalSelfAttention, (32, 2, 0.0, True, 48)
 MLP = nanogpt.MLP, (32, 0.0, True)
 
-# What agrees with nanoGPT's modules on short inputs of size 1: the forward, and the reason that is given.
+# Modules that agree with nanoGPT's on short inputs of size 1: the forward, and the reason reported.
 STRANGE: dict[str, tuple[Any, Callable[..., Any], str]] = {
     "a clamp": (MLP, lambda self, x: self.c_proj(F.gelu(self.c_fc(x)).clamp(max=10)), "calls clamp"),
     "a clamp in a script": (MLP, lambda self, x: self.c_proj(scripted(self.c_fc(x))), "calls aten."),
@@ -446,11 +446,11 @@ def test_what_shows_at_other_lengths_and_scales_is_left(name: str) -> None:
 
 
 def test_a_classs_attributes_count_like_the_instances() -> None:
-    """`window = 64` in the class body was overlooked."""
+    """`window = 64` in a class body used to be overlooked."""
     kind = type("CausalSelfAttention", (nanogpt.CausalSelfAttention,), {"window": 64, "helper": lambda self: None})
     report = gpt2_kernels.apply(kind(32, 2, 0.0, True, 48, True)).report
     assert report.kept == {"": "it has window, which nanoGPT's module of this shape has not"}
-    numbered = type("LayerNorm", (nanogpt.LayerNorm,), {"eps": 1e-5})  # which the replacement reads
+    numbered = type("LayerNorm", (nanogpt.LayerNorm,), {"eps": 1e-5})  # the replacement reads eps
     assert gpt2_kernels.apply(numbered(32, True)).report.replaced
 
 
@@ -473,7 +473,7 @@ def published(self: Any, x: Tensor) -> Tensor:
 
 
 def new_gelu(x: Tensor) -> Tensor:
-    """As nanoGPT first had it."""
+    """GELU as nanoGPT first had it."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
@@ -509,7 +509,7 @@ def test_a_trial_is_no_call_of_the_users() -> None:
 
 
 def test_a_forward_put_on_a_layer_is_not_passed_by() -> None:
-    """As accelerate and some adapters do: the layer's weights were read all the same."""
+    """As accelerate and some adapters do; the layer's weights used to be read all the same."""
     mlp, x = randomize(nanogpt.MLP(32, 0.0, True)), torch.randn(2, 5, 32)
     gpt2_kernels.apply(mlp)
     before, own = mlp(x), mlp.c_proj.forward
@@ -519,7 +519,7 @@ def test_a_forward_put_on_a_layer_is_not_passed_by() -> None:
 
 @pytest.mark.parametrize("name", IMPOSTORS)
 def test_what_only_looks_like_nanogpt_is_left(name: str) -> None:
-    """By what it computes, even where its own weights are zeros, of which nothing can be told."""
+    """Judged by what it computes, even where its own weights are zeros, which show nothing."""
     module = IMPOSTORS[name]()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -532,7 +532,7 @@ def test_what_only_looks_like_nanogpt_is_left(name: str) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("flash", [True, False])
 def test_nanogpts_own_modules_are_recognised(width: int, dropout: float, flash: bool) -> None:
-    """Rounding of wide sums, of which some cancel to almost nothing, is no other meaning: it once was taken for it."""
+    """Rounding in wide sums, some of which cancel to almost nothing, was once mistaken for a different computation."""
     for module in (
         nanogpt.LayerNorm(width, True),
         nanogpt.MLP(width, dropout, True),
@@ -543,7 +543,7 @@ def test_nanogpts_own_modules_are_recognised(width: int, dropout: float, flash: 
 
 
 def test_a_mask_that_is_not_nanogpts_is_left() -> None:
-    """A band wider than any input that is tried: it would be computed as if all the past were seen."""
+    """A band wider than any input that the trial uses: it would be computed as if the whole past were visible."""
     module = nanogpt.CausalSelfAttention(32, 2, 0.0, True, 128, False)
     module.bias -= module.bias.tril(-64)
     report = gpt2_kernels.apply(module).report
@@ -552,7 +552,7 @@ def test_a_mask_that_is_not_nanogpts_is_left() -> None:
 
 @pytest.mark.parametrize("make", [lambda: nn.LayerNorm(32), lambda: nanogpt.LayerNorm(32, True)], ids=["torch", "nano"])
 def test_norms_take_what_torchs_take(production: torch.device, make: Callable[[], nn.Module]) -> None:
-    """float32 weights on bfloat16 activations, and a model made float64 later: by the module's own forward."""
+    """float32 weights on bfloat16 activations, and a model made float64 later, use the module's own forward."""
     plain = randomize(make()).to(production)
     ours = copy.deepcopy(plain)
     gpt2_kernels.apply(ours)
@@ -562,7 +562,7 @@ def test_norms_take_what_torchs_take(production: torch.device, make: Callable[[]
 
 
 def test_reverting_leaves_what_others_made_of_the_class() -> None:
-    """A parametrization put on afterwards makes a class of the replaced one."""
+    """A parametrization registered afterwards derives a new class from the replaced one."""
 
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
@@ -630,7 +630,7 @@ def test_transformer_encoder_layer(
 
 @pytest.mark.parametrize("padding", [False, True])
 def test_transformer_encoder_in_inference(production: torch.device, padding: bool) -> None:
-    """torch packs padded batches for its own fast path there; then the layers are torch's, and the same."""
+    """There torch packs padded batches for its own fast path; the layers are then torch's, and the results the same."""
     layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, "gelu", batch_first=True)
     encoder = randomize(nn.TransformerEncoder(layer, 2)).to(production).eval()
     x = torch.randn(3, 9, 32, device=production)
@@ -664,7 +664,7 @@ MASKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_multihead_attention(path: torch.device, mask: str) -> None:
-    """Cross-attention with other widths, longer keys than queries: torch's causal mask is aligned top-left."""
+    """Cross-attention with other widths and more keys than queries: torch's causal mask is aligned top-left."""
     module = randomize(nn.MultiheadAttention(32, 4, kdim=24, vdim=40, batch_first=True)).to(path)
     x, k, v = (torch.randn(shape, device=path) for shape in ((3, 5, 32), (3, 7, 24), (3, 7, 40)))
     options = {name: o.to(path) if isinstance(o, Tensor) else o for name, o in MASKS[mask].items()}
@@ -710,7 +710,7 @@ def test_twice_is_once_and_any_handle_reverts() -> None:
     assert all(sum(issubclass(c, Fused) for c in type(m).__mro__[:2]) <= 2 for m in model.modules())
     second.revert()
     assert not any(isinstance(m, Fused) for m in model.modules())
-    first.revert()  # of nothing is nothing
+    first.revert()  # nothing is left to revert
     assert type(model.transformer.ln_f) is nanogpt.LayerNorm
 
 
@@ -791,7 +791,7 @@ def test_under_autocast(production: torch.device, make: Callable[[], Any]) -> No
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_gradient_checkpointing(production: torch.device, reentrant: bool) -> None:
-    """Padded, with dropout: what is computed again drops the same elements."""
+    """Padded, with dropout: recomputation drops the same elements."""
     model = gpt2(attn_pdrop=0.3, resid_pdrop=0.2, embd_pdrop=0.1).to(production).train()
     gpt2_kernels.apply(model)
     tokens = torch.randint(60, (3, 13), device=production)
@@ -810,7 +810,7 @@ def test_under_gradient_checkpointing(production: torch.device, reentrant: bool)
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_dropout_is_honoured_in_training_and_off_in_eval(production: torch.device, padding: str) -> None:
-    """The mean over many draws is the result without dropout of one layer's attention, to its standard error."""
+    """The mean over many draws of one layer's attention is its result without dropout, within the standard error."""
     model = gpt2(n_layer=1, attn_pdrop=0.4).to(production)
     attn, x = model.transformer.h[0].attn, torch.randn(1, 12, 32, device=production)
     gpt2_kernels.apply(model)
@@ -831,7 +831,7 @@ def test_dropout_is_honoured_in_training_and_off_in_eval(production: torch.devic
 
 def test_nanogpt_dropout(production: torch.device) -> None:
     model = randomize(nanogpt.GPT(dropout=0.3)).to(production)
-    for name, module in model.named_modules():  # of attention's probabilities alone
+    for name, module in model.named_modules():  # of attention probabilities only
         if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout"):
             module.p = 0.0
     gpt2_kernels.apply(model)

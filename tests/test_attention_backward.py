@@ -1,4 +1,4 @@
-"""The gradients of attention, of out and of the logsumexp, against float64 PyTorch and finite differences."""
+"""The gradients of attention, through out and the logsumexp, against float64 PyTorch and finite differences."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _tail(tensors: tuple | list, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     ids=str,
 )
 def test_gradients_are_those_of_finite_differences(path: torch.device, name: str, case: Case) -> None:
-    """Of out and of the logsumexp, through the kernels themselves."""
+    """Through out and the logsumexp, by the kernels themselves."""
     if path.type == "cuda" or not ops.path_of("attention", "cpu").startswith("Triton"):
         pytest.skip("float64 exists in the interpreter alone")
     leaves = [t.detach().requires_grad_() for t in inputs(path, torch.float64, case)]
@@ -124,7 +124,7 @@ def test_gradients_have_the_same_bits_each_time_and_alone(path: torch.device) ->
 @pytest.mark.parametrize("layout", ["contiguous", "columns sliced", "transposed", "last axis strided"])
 @pytest.mark.parametrize("options", [{}, {"causal": False, "scale": 0.3}, {"window": 9}, {"dropout_p": 0.3}], ids=str)
 def test_one_projection(path: torch.device, options: dict[str, Any], layout: str) -> None:
-    """The same bits as its three parts apart, out, logsumexp and gradient; and nothing puts the gradient together."""
+    """out, logsumexp and gradient have the bits of the three parts passed apart; no operator assembles the gradient."""
     qkv = in_layout(torch.randn(2, 35, 3, 2, 24, device=path), layout).detach().requires_grad_()
     grads = torch.randn(2, 35, 2, 24, device=path), torch.randn(2, 2, 35, device=path)
     torch.manual_seed(2)
@@ -144,7 +144,7 @@ def test_one_projection(path: torch.device, options: dict[str, Any], layout: str
 
 @FAR
 def test_offsets_beyond_two_to_the_31_backward(path: torch.device, T: int, stride: int) -> None:
-    """Every pointer of the backward pass in turn has rows so far apart that an offset in int32 would wrap."""
+    """In turn, every pointer of the backward pass has rows so far apart that an int32 offset would wrap."""
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
     D = 16

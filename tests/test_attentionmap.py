@@ -58,7 +58,7 @@ def inputs(device: torch.device, dtype: torch.dtype, case: Case) -> tuple[Tensor
 
 
 def seen(case: Case, device: torch.device) -> Tensor:
-    """(Tq, Tk) bool, written out."""
+    """The mask of visible keys, (Tq, Tk) bool, written out."""
     keep = torch.zeros(case.Tq, case.Tk, dtype=torch.bool)
     for i in range(case.Tq):
         for j in range(case.Tk):
@@ -68,7 +68,7 @@ def seen(case: Case, device: torch.device) -> Tensor:
 
 
 def torch_exp(q: Tensor, k: Tensor, lse: Tensor, case: Case, scale: float | None = None) -> Tensor:
-    """The same from a logsumexp in float32: rounding it costs a float32 half a unit of |lse|, whoever computes."""
+    """The map from a float32 logsumexp, whose rounding costs any implementation half a unit of |lse|."""
     k = k.repeat_interleave(case.H // case.Hkv, dim=2).float()
     scores = torch.einsum("bihd,bjhd->bhij", q.float(), k) * (case.D**-0.5 if scale is None else scale)
     return torch.exp(scores - lse.float()[..., None]).masked_fill(~seen(case, q.device), 0.0)
@@ -82,7 +82,7 @@ def torch_map(q: Tensor, k: Tensor, case: Case, scale: float | None = None) -> t
     return (torch.softmax(scores, -1).nan_to_num(0.0) if case.Tk else scores), torch.logsumexp(scores, -1)
 
 
-# float16 takes the code of bfloat16: one case of it is enough
+# float16 shares bfloat16's code: one case is enough
 @pytest.mark.parametrize(
     ("name", "dtype"), [(n, d) for n in CASES for d in DTYPES if d != torch.float16 or n == "grouped heads"], ids=str
 )
@@ -93,7 +93,7 @@ def test_whole_rows(path: torch.device, name: str, dtype: torch.dtype) -> None:
     theirs = torch_exp(q, k, lse, case)
     p = ops.attention_map(q, k, lse.float(), causal=case.causal, window=case.window)
     assert p.shape == (case.B, case.H, case.Tq, case.Tk) and p.is_contiguous()
-    # 256 products added in another order than PyTorch's: the larger of the two largest errors is a matter of chance
+    # 256 products added in another order than PyTorch's: whose largest error is larger is a matter of chance
     assert_accurate(p, theirs, truth, factor=5.0 if case.D == 256 else 2.0)
     assert not p[..., ~seen(case, path)].any()  # what is hidden is 0, not small
 
@@ -105,10 +105,10 @@ def test_it_is_what_attention_used(path: torch.device, dtype: torch.dtype) -> No
     v = torch.randn(2, 90, 2, 64, device=path).to(dtype)
     out, lse = ops.attention(q, k, v, window=60, return_lse=True)
     p = ops.attention_map(q, k, lse, window=60)
-    # PyTorch's CPU attention takes a quick exponential for bfloat16, but knows no window: ours computed this lse
+    # PyTorch's CPU attention uses a fast exponential for bfloat16, but has no window: ours computed this lse
     torch.testing.assert_close(p.sum(-1), torch.ones_like(lse), rtol=0, atol=1e-5)
     expected = torch.einsum("bhij,bjhd->bihd", p.double(), v.double().repeat_interleave(2, dim=2))
-    # float32: the logsumexp is off by 2e-6, and with it every share of the row; else roundings of p and of out, below 4
+    # float32: the logsumexp is off by 2e-6, and so is the whole row; else p and out are rounded, and out is below 4
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
@@ -134,7 +134,7 @@ def test_scale(path: torch.device) -> None:
 
 
 def test_a_row_with_logsumexp_minus_infinity_is_zero(path: torch.device) -> None:
-    """Also where the mask would show it keys: lse is what the forward pass says."""
+    """Even where the mask leaves it keys: the forward pass's lse decides."""
     q, k = inputs(path, torch.float32, Case(1, 5, 5, 1, 1, 16))
     lse = torch.full((1, 1, 5), -torch.inf, device=path)
     lse[0, 0, 3] = 1.0
@@ -155,7 +155,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_chosen_heads_and_rows(path: torch.device, name: str) -> None:
-    """One query row computed alone has the bits that it has among all."""
+    """A query row has the same bits alone as among all rows."""
     case = Case(2, 70, 75, 3, 1, 32)
     q, k = inputs(path, torch.float32, case)
     _, lse = torch_map(q, k, case)
@@ -169,14 +169,14 @@ def test_chosen_heads_and_rows(path: torch.device, name: str) -> None:
             expected = expected.index_select(axis, positive)
     ours = ops.attention_map(q, k, lse, heads=heads, rows=rows)
     if ops.path_of("attention_map", path.type) == "PyTorch":
-        torch.testing.assert_close(ours, expected)  # its matrix products add in an order of their own for each shape
+        torch.testing.assert_close(ours, expected)  # its matrix products add in a different order for each shape
     else:
         assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "last_axis_strided", "sliced"])
 def test_layouts(path: torch.device, layout: str) -> None:
-    base = torch.randn(2, 2, 40, 3, 32, device=path)  # two of (B, T, H, D)
+    base = torch.randn(2, 2, 40, 3, 32, device=path)  # two tensors (B, T, H, D)
     q, k = {
         "transposed": lambda: base.transpose(2, 3).contiguous().transpose(2, 3),
         "expanded": lambda: base[:, :1, :, :1].expand(2, 2, 40, 3, 32),
@@ -195,7 +195,7 @@ def test_layouts(path: torch.device, layout: str) -> None:
 @pytest.mark.parametrize(("T", "stride"), [(6, 2**29), (70, 2**25)], ids=["within a tile", "from tile to tile"])
 @pytest.mark.parametrize("far", ["queries", "keys"])
 def test_offsets_beyond_two_to_the_31(path: torch.device, T: int, stride: int, far: str) -> None:
-    """Strides so large that an offset in int32 would wrap; the memory between is never touched."""
+    """Strides so large that an int32 offset would wrap; the memory between is never touched."""
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
     case = Case(1, T, T, 1, 1, 16)
@@ -294,7 +294,7 @@ def test_top_of_nothing(path: torch.device) -> None:
 
 
 def test_reference(path: torch.device) -> None:
-    """The specification takes the same arguments and means the same."""
+    """The reference takes the same arguments and computes the same."""
     case = Case(2, 20, 24, 4, 2, 16, window=9)
     q, k = inputs(path, torch.float32, case)
     truth, lse = torch_map(q.double(), k.double(), case)

@@ -1,4 +1,4 @@
-"""The functions under torch.autocast and forward-mode derivatives, and the operators called behind their backs."""
+"""The functions under torch.autocast and forward-mode derivatives, and the operators called without them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _tensors(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _cases(device: torch.device) -> dict[str, tuple[Call, list[Tensor], bool]]:
-    """Name -> (function, float32 arguments, whether it belongs to the ones that autocast lowers)."""
+    """Name -> (function, float32 arguments, whether autocast lowers its precision)."""
     x, w, w1, b1, w2, b2 = _tensors(device, (5, 16), (16,), (24, 16), (24,), (16, 24), (16,))
     q, k, v = _tensors(device, (2, 6, 2, 16), (2, 6, 2, 16), (2, 6, 2, 16))
     cu = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
@@ -46,7 +46,7 @@ CASES = tuple(_cases(torch.device("cpu")))
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_dtype_is_the_one_that_pytorch_takes_on_a_gpu(path: torch.device, name: str) -> None:
-    """Whatever mix of dtypes comes in; gradients have the dtype of the parameters."""
+    """Whatever the mix of input dtypes; gradients have the dtype of the parameters."""
     function, tensors, lowered = _cases(path)[name]
     dtype = torch.bfloat16 if lowered else torch.float32
     mixed = [t.bfloat16() if i == 0 else t for i, t in enumerate(tensors)]  # an activation, and float32 parameters
@@ -80,7 +80,7 @@ def test_float64_is_refused_under_autocast_too(path: torch.device) -> None:
 
 
 def test_a_block_of_modules_trains_under_autocast(path: torch.device) -> None:
-    """float32 parameters and bfloat16 activations, as mixed-precision training has them; near the plain modules."""
+    """float32 parameters and bfloat16 activations, as in mixed-precision training; close to the plain modules."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -96,7 +96,7 @@ def test_a_block_of_modules_trains_under_autocast(path: torch.device) -> None:
     exact = block(x)
     with torch.autocast(path.type, torch.bfloat16):
         out = block(x)
-    assert out.dtype == torch.float32  # the stream of residuals stays so
+    assert out.dtype == torch.float32  # the residual stream stays float32
     torch.testing.assert_close(out, exact, rtol=0.05, atol=0.05)
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.any() for p in block.parameters())
@@ -128,7 +128,7 @@ def test_cache_operators_keep_the_dtype_of_the_cache(path: torch.device) -> None
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_forward_mode_derivative_is_refused(production: torch.device, name: str) -> None:
-    """It came back as zero: whichever argument has the tangent, in torch.func's transforms and without them."""
+    """It used to be zero. Whichever argument has the tangent, with torch.func's transforms and without."""
     function, tensors, _ = _cases(production)[name]
     for i, tensor in enumerate(tensors):
 
@@ -161,7 +161,7 @@ def test_losses_and_what_has_no_gradient_refuse_it_too(production: torch.device)
 
 
 def test_an_operator_called_directly_refuses_to_lose_a_gradient(path: torch.device) -> None:
-    """torch.ops.gpt2_kernels.linear and its kind returned results that carried no gradient."""
+    """torch.ops.gpt2_kernels.linear and the like used to return results without a gradient."""
     x, w = _tensors(path, (3, 16), (8, 16))
     arguments = (x, w.requires_grad_(), None, None, "", False, True)
     with pytest.raises(ValueError, match="linear: torch.ops.gpt2_kernels.linear records no gradient"):

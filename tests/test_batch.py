@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _production(production: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The path of this machine's users; each model is loaded once for all runs of a test."""
+    """The machine's production path; each model is loaded once for all runs of a test."""
     loaded: dict[tuple, Any] = {}
 
     def load(options: Any) -> Any:
@@ -56,12 +56,12 @@ class Runner:
         self.errors, self.manifest = tmp_path / "out.errors.jsonl", tmp_path / "out.manifest.json"
 
     def write(self, *lines: Any) -> None:
-        """The input; what is not text is written as JSON."""
+        """Writes the input file; what is not a string is written as JSON."""
         text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
         self.source.write_text(text, encoding="utf-8")
 
     def __call__(self, *options: str, status: int = 0) -> str:
-        """What the command says on stderr; its status must be as given and nothing on stdout."""
+        """The command's stderr; its status must be `status`, and its stdout empty."""
         arguments = ["batch", str(self.source), "-o", str(self.out), "--model", self.folder, *options]
         if "--seed" not in options:
             arguments += ["--seed", "5"]
@@ -120,7 +120,7 @@ def plain_lines(count: int, **values: Any) -> list[dict[str, Any]]:
 
 
 def test_results_are_the_engine_s(run: Runner) -> None:
-    """Texts and ids as prompts, an empty one, parameters of lines over those of options."""
+    """Texts and token ids as prompts, an empty one, and parameters of lines that override options."""
     run.write(
         {"id": "text", "prompt": "a story", "seed": 7, "max_tokens": 9, "n": 2, "logprobs": 2},
         {"id": 12, "prompt": [5, 6, 7], "seed": 8, "temperature": 0.5, "top_k": 7, "stop": "zz", "ignore_eos": False},
@@ -152,7 +152,7 @@ def test_results_are_the_engine_s(run: Runner) -> None:
 
 
 def test_a_line_without_a_seed_has_one_of_its_own(run: Runner) -> None:
-    """Decided by the manifest's seed and the line's number: not by ids, nor by what else is in the file."""
+    """It depends on the manifest's seed and the line's number, not on ids or the rest of the file."""
     same = {"prompt": "a", "max_tokens": 12, "ignore_eos": True}
     run.write(same, {**same, "seed": None}, {**same, "id": "x"})
     run()
@@ -246,7 +246,7 @@ BAD = [
 
 
 def test_bad_lines_are_reported_and_the_rest_goes_on(run: Runner) -> None:
-    """Once each, with its number, between lines that are answered; a second run adds nothing."""
+    """Each once, with its line number, among lines that are answered; a second run adds nothing."""
     lines: list[Any] = [{"id": "first", "prompt": "x"}]
     for bad, _ in BAD:
         lines += [bad, {"prompt": "x"}]
@@ -270,7 +270,7 @@ def test_an_id_belongs_to_the_first_line_that_has_it(run: Runner) -> None:
         {"id": 1, "prompt": "c", "max_tokens": 3},  # not "1"
         {"prompt": "d", "max_tokens": 4},  # its number is line 2's id
         {"id": "1", "prompt": "e", "max_tokens": 5},
-        {"id": "\ud800", "prompt": "f", "max_tokens": 6},  # no character, and yet a string of JSON
+        {"id": "\ud800", "prompt": "f", "max_tokens": 6},  # not a character, yet a valid JSON string
     )
     run("--ignore-eos")
     assert {name: len(outputs[0]["tokens"]) for name, outputs in run.results().items()} == {"1": 1, 1: 3, "\ud800": 6}
@@ -278,14 +278,14 @@ def test_an_id_belongs_to_the_first_line_that_has_it(run: Runner) -> None:
     assert "top_p" in failures[2] and failures[4] == "id 4 is that of an earlier line" and len(failures) == 3
     assert failures[5] == "id '1' is that of an earlier line"
     first = run.content()
-    run.errors.unlink()  # found again, though their lines' namesakes now have results
+    run.errors.unlink()  # found again, though lines with the same ids now have results
     run("--ignore-eos")
     assert run.content() == first
 
 
 def test_the_form_of_the_input(run: Runner) -> None:
-    """A byte-order mark, CRLF, blank lines, invalid UTF-8, characters that Python's splitlines takes for newlines, no
-    newline at the end."""
+    """A byte-order mark, CRLF, blank lines, invalid UTF-8, characters that Python's splitlines splits at, no newline at
+    the end."""
     odd = "a\u2028b\x85c\x0bd"
     line = json.dumps({"id": odd, "prompt": odd, "max_tokens": 1}, ensure_ascii=False).replace("\x0b", "\\u000b")
     run.source.write_bytes(
@@ -323,8 +323,8 @@ def test_a_line_of_any_length_takes_no_memory(tmp_path: Path) -> None:
 def test_reading_runs_ahead_by_a_bounded_queue(
     run: Runner, monkeypatch: pytest.MonkeyPatch, samples: int, most: int
 ) -> None:
-    """Lines are read as results are written: never more than twice --max-batch samples ahead (and the one request that
-    passes the bound), and never so few that the engine has free slots."""
+    """Lines are read as results are written: never more than twice --max-batch samples ahead (plus the one request that
+    crosses the bound), and never so few that the engine has free slots."""
     read = 0
 
     def counted(file: Any) -> Iterator[bytes]:
@@ -351,7 +351,7 @@ def test_reading_runs_ahead_by_a_bounded_queue(
 
 
 def test_what_is_remembered_of_a_line_is_small(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred bytes or so, however long its id is; here for lines that a first run has answered."""
+    """About a hundred bytes, however long its id; here for lines that a first run has answered."""
     count = 20_000
     run.write(*({"id": f"{i:0100d}", "prompt": "x"} for i in range(count)))
     with Journal(run.out) as journal, Journal(run.errors) as errors:
@@ -371,7 +371,7 @@ def test_what_is_remembered_of_a_line_is_small(run: Runner, monkeypatch: pytest.
 
 
 def test_a_torn_last_line_at_every_byte(run: Runner) -> None:
-    """Of the results and of the errors: the run that follows mends it and ends as if nothing had happened."""
+    """In the results and in the errors: the next run repairs it and ends as if nothing had happened."""
     run.write(*plain_lines(3), "nonsense", {"id": "bad", "prompt": "x", "n": 0})
     run()
     whole = run.content()
@@ -385,13 +385,13 @@ def test_a_torn_last_line_at_every_byte(run: Runner) -> None:
 
 
 def test_a_torn_line_that_is_long(tmp_path: Path) -> None:
-    """Longer than the pieces in which its beginning is looked for, whose borders fall anywhere around the newline."""
+    """Longer than the pieces in which its start is searched for, whose boundaries fall anywhere around the newline."""
     for torn in (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK):
         for whole in (b"", b'{"id": 1}\n'):
             path = tmp_path / f"{torn} {len(whole)}"
             path.write_bytes(whole + b"x" * torn)
             with Journal(path) as journal:
-                assert path.stat().st_size == len(whole) + torn  # nothing is touched unasked
+                assert path.stat().st_size == len(whole) + torn  # nothing is changed unless asked
                 journal.repair()
                 assert path.read_bytes() == whole
                 journal.append({"id": 2})
@@ -419,7 +419,7 @@ main(sys.argv[5:])
 
 
 def process(run: Runner, *options: str, stopped: tuple[Any, ...] = (), **streams: Any) -> subprocess.Popen[bytes]:
-    """The command in a process of its own; stopped: once the output is beyond a size, after seconds, by a signal."""
+    """The command in its own process; stopped: (output size to exceed, then seconds to wait, then the signal)."""
     arguments = ["batch", str(run.source), "-o", str(run.out), "--model", run.folder, "--seed", "5"]
     arguments += ["--dtype", "float32", *options]
     start = ["-c", STOPPED, str(run.out), *map(str, stopped)] if stopped else ["-m", "gpt2"]
@@ -440,7 +440,7 @@ def test_killed_at_random_moments(run: Runner) -> None:
     generator = random.Random(seed)
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
         begun = run.out.stat().st_size if run.out.exists() else 0
-        share = generator.uniform(0, 0.4)  # of what is left, so that each has written something before it is stopped
+        share = generator.uniform(0, 0.4)  # of what is left, so that each run writes something before it is stopped
         moment = (begun + share * (size - begun), generator.uniform(0, 0.005), int(number))
         child = process(run, "--max-batch", "8", stopped=moment, stderr=subprocess.PIPE)
         said = child.communicate()[1].decode()
@@ -455,7 +455,7 @@ def test_killed_at_random_moments(run: Runner) -> None:
 
 
 def test_killed_before_anything_is_written(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the output's first appearance and the manifest's: an empty output, and perhaps half a draft."""
+    """Between the creation of the output and of the manifest: an empty output, and perhaps half a draft."""
     run.write(*plain_lines(2))
     run()
     whole = run.content()
@@ -467,7 +467,7 @@ def test_killed_before_anything_is_written(run: Runner, monkeypatch: pytest.Monk
 
 
 def test_the_output_without_the_rest(run: Runner) -> None:
-    """The output removed and the manifest kept: everything is done again, with the same seed."""
+    """If the output was removed but the manifest kept, everything is done again, with the same seed."""
     run.write(*plain_lines(3), "nonsense")
     run("--seed", "77")
     whole = run.content()
@@ -477,7 +477,7 @@ def test_the_output_without_the_rest(run: Runner) -> None:
 
 
 def test_another_job_does_not_go_on(run: Runner, tmp_path: Path) -> None:
-    """What differs is named, and nothing on disk is touched, torn lines included."""
+    """The difference is named, and nothing on disk is touched, not even torn lines."""
     run.write(*plain_lines(3), "nonsense")
     run()
     os.truncate(run.out, run.out.stat().st_size - 3)
@@ -503,7 +503,7 @@ def test_another_job_does_not_go_on(run: Runner, tmp_path: Path) -> None:
     run.manifest.write_text(json.dumps({**manifest, "versions": {**manifest["versions"], "torch": "1.0"}}))
     assert f"versions.torch was '1.0' and is '{torch.__version__}'" in run(status=2)
     run.manifest.write_text(json.dumps({**manifest, "input": "elsewhere", "model": "renamed"}))
-    run()  # names alone do not matter
+    run()  # file names alone do not matter
     assert len(run.results()) == 3
 
 
@@ -521,7 +521,7 @@ def test_a_changed_tokenizer_is_another_model(run: Runner, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.errors.jsonl"])
 def test_files_of_others_are_left_alone(run: Runner, name: str) -> None:
-    """Without a manifest nothing says that we wrote them, with or without a newline at their end."""
+    """Without a manifest nothing shows that we wrote them, with or without a newline at the end."""
     run.write(*plain_lines(1))
     stranger = run.tmp_path / name
     for content in (b"precious", b'{"id": 1}\n'):
@@ -587,7 +587,7 @@ def test_an_error_inside_a_step(run: Runner, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("which", ["results", "errors", "manifest"])
 def test_a_full_disk(run: Runner, which: str) -> None:
-    """A limit on the size of files, which a write crosses in the midst of a record."""
+    """Simulated by a file size limit, which a write crosses in the middle of a record."""
     bad = [{"id": i, "prompt": "x", "n": 0} for i in range(10)]
     run.write(*(plain_lines(20) + bad if which != "errors" else bad))
     run()
@@ -623,7 +623,7 @@ def test_a_device_that_is_full() -> None:
 
 
 def test_a_listener_that_leaves(run: Runner) -> None:
-    """`gpt2 batch .. 2>&1 | head`, and stderr closed from the beginning: the job is done all the same."""
+    """`gpt2 batch .. 2>&1 | head`, and stderr closed from the start: the job is done all the same."""
     run.write(*plain_lines(30), "nonsense")
     run()
     whole = run.content()

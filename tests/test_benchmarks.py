@@ -1,4 +1,4 @@
-"""The benchmarks run, at tiny sizes, and find what is wrong; what they measure here means nothing."""
+"""The benchmarks run, at tiny sizes, and detect wrong results; the times measured here mean nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.timing import Time
 from gpt2_kernels import _check, fused_attention
 
 pytestmark = pytest.mark.usefixtures("production")
-# One that has no cases measures in a way of its own.
+# A module without cases measures in its own way.
 MODULES = sorted(p.stem for p in (ROOT / "benchmarks").glob("bench_*.py") if "\ndef cases(" in p.read_text())
 
 
@@ -38,7 +38,7 @@ def cases_of(module: str, run: Run) -> list[Case]:
 
 
 def child(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: CPU tensors take the production path there, not the interpreter."""
+    """Runs a separate process: there CPU tensors take the production path, not the interpreter."""
     mine = ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
     clean = {k: v for k, v in os.environ.items() if k not in mine}
     environment = {**clean, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
@@ -62,7 +62,7 @@ def test_all_results_are_right(module: str, run: Run) -> None:
 
 @pytest.mark.parametrize("sizes", ["gpu", "cpu"])
 def test_cases_of_every_size_can_be_listed(sizes: str) -> None:
-    """Without inputs: they are made when a case is measured."""
+    """Without making inputs: those are made when a case is measured."""
     run = Run(torch.device("cpu"), sizes, {})
     for module in MODULES:
         names = [case.name for case in cases_of(module, run)]
@@ -71,7 +71,7 @@ def test_cases_of_every_size_can_be_listed(sizes: str) -> None:
 
 @pytest.mark.parametrize("sizes", ["gpu", "cpu"])
 def test_a_case_stays_what_it_was_while_others_are_listed(sizes: str) -> None:
-    """pytest lists all cases before it makes the inputs of one: a size in a closure must not be another's by then."""
+    """pytest lists all cases before it makes any inputs: by then a size in a closure must not be another case's."""
     run = Run(torch.device("cpu"), sizes, {})
     for module in MODULES:
         then = []
@@ -83,7 +83,7 @@ def test_a_case_stays_what_it_was_while_others_are_listed(sizes: str) -> None:
 
 
 def test_every_gate_finds_its_rows() -> None:
-    """A goal whose row was renamed would be missing for ever. fp8 has none until the operator takes scales."""
+    """A goal whose row was renamed would be missing forever. The cases of gate 16 (fp8) exist on a GPU only."""
     run = Run(torch.device("cpu"), "gpu", {})
     names = [case.name for module in MODULES for case in cases_of(module, run)]
     for gate in gates.GATES:
@@ -112,7 +112,7 @@ def test_a_check_that_comes_to_no_number_is_no_pass(run: Run) -> None:
 
 
 def test_what_is_not_written_is_found(run: Run) -> None:
-    """The memory that a result gets held the right values before."""
+    """Even if the result's memory already held the right values."""
     kept: list[torch.Tensor] = []
 
     def forgets(x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_a_rival_that_is_missing_or_breaks_ends_nothing(run: Run) -> None:
 
 
 def test_gradients_are_checked(run: Run) -> None:
-    """backward and both see all of them, and a wrong one of the last input."""
+    """backward and both return all gradients, and a wrong one for the last input is found."""
 
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -159,7 +159,7 @@ def test_gradients_are_checked(run: Run) -> None:
 
 
 def test_figures_follow_from_the_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two calls the time of the second is taken off; shares are of the ceilings, rates of the units."""
+    """Of two calls, the second's time is subtracted; shares are of the ceilings, rates count the units."""
     seconds = {"ours": 3e-3, "ours - ": 1e-3, "torch": 4e-3}
     monkeypatch.setattr(
         timing, "measure", lambda calls, *_: {name: Time((seconds[name],) * 3, "wall") for name in calls}
@@ -181,7 +181,7 @@ def test_without_ceilings_there_are_figures_all_the_same(run: Run) -> None:
 
 
 def test_once_the_time_is_up_what_is_ready_is_timed(run: Run) -> None:
-    """A rival that took all of it costs the others' figures nothing."""
+    """A rival that used up all the time costs the others' figures nothing."""
     end = time.monotonic() + 0.2
     rivals = {"ours": lambda x: (time.sleep(0.15), x.sin())[1], "late": torch.sin}
     row = measure.compare(run, case(rivals), end=end)
@@ -191,7 +191,7 @@ def test_once_the_time_is_up_what_is_ready_is_timed(run: Run) -> None:
 
 
 def test_a_time_too_short_for_the_clock_ends_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty replay's time is taken off, and may be all of it."""
+    """The time of an empty replay is subtracted, which may leave nothing."""
     monkeypatch.setattr(timing, "measure", lambda calls, *_: {name: Time((0.0,) * 3, "device") for name in calls})
     row = measure.compare(run, case({"ours": torch.sin, "torch": torch.sin}, moved=128.0))
     assert row["rivals"]["ours"]["us"] == 0 and "of_copy" not in row["rivals"]["ours"] and "faster_than" not in row
@@ -231,7 +231,7 @@ def test_peak_memory_of_a_cpu_call() -> None:
 
 
 def test_compiled_rivals_are_static_at_every_shape(run: Run) -> None:
-    """From a second shape on torch.compile makes shapes symbols, and another case's code would serve."""
+    """From a second shape on, torch.compile would make shapes symbolic and reuse another case's code."""
     shapes: list[object] = []
 
     def backend(graph, inputs):
@@ -277,7 +277,7 @@ def script(path: Path, text: str) -> str:
 
 
 def test_a_stage_that_hangs_is_ended_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the processes that it has started."""
+    """Together with the processes it has started."""
     marker = tmp_path / "late"
     hanging = f"""echo 'ROW {{"name": "first"}}'; (sleep 2; touch {marker}) & sleep 30"""
     monkeypatch.setattr(gpu.sys, "executable", script(tmp_path / "python", hanging))
@@ -290,7 +290,7 @@ def test_a_stage_that_hangs_is_ended_and_keeps_its_rows(tmp_path: Path, monkeypa
 
 
 def test_slow_rivals_come_once_all_else_is_measured(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in a row of its own, so that one that hangs costs nothing; in the file a case has one row."""
+    """Each in its own row, so that one that hangs costs nothing; in the file a case has one row."""
     names = {"a": ["ours", "compiled", "torch", "flex"], "b": ["ours", "flex"], "c": ["ours"]}
     cases = [dataclasses.replace(case(dict.fromkeys(own, torch.sin)), name=name) for name, own in names.items()]
     monkeypatch.setattr(stages.importlib, "import_module", lambda _: types.SimpleNamespace(cases=lambda run: cases))
@@ -339,7 +339,7 @@ def test_a_stage_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_time_is_shared_out() -> None:
-    """What a stage leaves over goes to the next; a limit set by hand takes nothing from the others beyond itself."""
+    """What a stage leaves over goes to the next; a limit set by hand takes only that much from the others."""
     everything = list(stages.STAGES)
     shares = sum(share for _, share in stages.STAGES.values())
     assert gpu.limits(everything, 500.0, {}) == pytest.approx(500 * stages.STAGES["environment"][1] / shares)
@@ -398,7 +398,7 @@ def test_every_module_has_a_stage() -> None:
 
 
 def test_the_sanitizer_meets_every_kernel() -> None:
-    """Each test that it names exists, and each file with a kernel has one; a private file, of its operator."""
+    """Each test that it names exists, and each file with a kernel has one; a private file, that of its operator."""
     operator = {"_paged_decode.py": "paged.py", "_linear_decode.py": "gemm.py"}
     files = {test.partition("::")[0] for test in stages.SANITIZED}
     for test in stages.SANITIZED:

@@ -1,4 +1,4 @@
-"""BlockPool and the hashes of prefixes."""
+"""BlockPool and prefix hashes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_hashes_name_whole_prefixes() -> None:
     assert len(a) == 3  # the seventh token fills no block
     assert chain_hashes([1, 2, 3, 4], 2) == a[:2]
     b = chain_hashes([9, 2, 3, 4, 5, 6], 2)
-    assert not set(a) & set(b)  # equal blocks after another beginning are other prefixes
+    assert not set(a) & set(b)  # equal blocks after a different start are different prefixes
     assert len(set(chain_hashes([1, 1, 1, 1], 2))) == 2
 
 

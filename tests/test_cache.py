@@ -1,6 +1,6 @@
-"""What of the cache depends on a GPU, played out without one: its size, its types, and where swapped blocks go.
+"""The parts of the cache that depend on a GPU, simulated without one: its size, dtypes, and where swapped blocks go.
 
-What it holds is tested through the engine, in test_engine.py.
+Its contents are tested through the engine, in test_engine.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GPU = torch.device("cuda", 0)
 
 
 def test_memory_that_pytorch_keeps_unused_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as that of an engine that is gone."""
+    """Such as the memory of an engine that is gone."""
     free = [2**20]
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(2**30))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 2**31))
@@ -30,7 +30,7 @@ def test_memory_that_pytorch_keeps_unused_is_free(monkeypatch: pytest.MonkeyPatc
 def test_swapped_blocks_without_pinned_memory(
     most: int, pins: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """600 bytes take 1 KiB of it; past the limit, or where the system refuses, they go to pageable memory."""
+    """600 bytes take 1 KiB of pinned memory; past the limit, or if the system refuses, they go to pageable memory."""
     pinned: list[bool] = []
     empty = torch.empty
 
@@ -45,7 +45,7 @@ def test_swapped_blocks_without_pinned_memory(
     monkeypatch.setattr(torch, "empty", allocate)
     kept = cache.to_host(contents, most)
     assert torch.equal(kept, contents)
-    assert (kept is not contents) == expected  # a tensor of a CPU is its own copy in pageable memory
+    assert (kept is not contents) == expected  # a CPU tensor is its own copy in pageable memory
     assert pinned == [True] * (expected or not pins)
 
 
@@ -60,7 +60,7 @@ def test_swapped_blocks_without_pinned_memory(
 def test_a_cache_on_an_older_gpu(
     dtype: torch.dtype | None, capability: tuple[int, int], need: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused when the engine is made, and not by the operator in its first step."""
+    """Refused when the engine is created, not by the operator in its first step."""
     monkeypatch.setattr(GPT2, "device", GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     got = ".".join(map(str, capability))

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest good one is found, old ones go and the best stays."""
+"""Checkpoints: written atomically, the newest good one is found, old ones are deleted and the best stays."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_newest_is_found_with_its_state(tmp_path: Path) -> None:
     assert found[1]["step"] == 10 and found[1]["val_loss"] == 1.5
 
 
-# JSON that is whole, or no JSON at all.
+# Complete JSON, or no JSON at all.
 STATES: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "a state that is a list": lambda state: b"[]",
     "a state of nothing but a step": lambda state: b'{"step": 2, "sha256": {}}',
@@ -109,7 +109,7 @@ def test_a_checkpoint_is_made_again_in_its_place(tmp_path: Path) -> None:
 
 
 def test_torch_reports_a_full_disk_as_a_runtime_error(tmp_path: Path) -> None:
-    """The reason why RuntimeError is a full disk's in `checkpoint.save`."""
+    """Why `checkpoint.save` treats a RuntimeError as a full disk."""
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with pytest.raises((RuntimeError, OSError)):

@@ -1,4 +1,4 @@
-"""The command `gpt2`, as a person runs it: text on stdout, one line on stderr and status 2 for a mistake."""
+"""The command `gpt2`, as a person runs it: text on stdout; for a mistake, one line on stderr and status 2."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def process(*arguments: str, stdin: bytes = b"", **environment: str) -> subproce
 
 
 def test_generate_writes_the_prompt_and_the_engine_text(capsys: pytest.CaptureFixture[str], folder: str) -> None:
-    """In the dtype that is asked for, and in the faster one of this machine where none is."""
+    """In the dtype asked for, or by default in this machine's faster one."""
     default = torch.bfloat16 if torch.cuda.is_available() else _runtime.cpu_dtype()
     for name, dtype in {None: default, "float32": torch.float32, "int8": torch.int8}.items():
         if dtype == torch.int8 and torch.cuda.is_available():
@@ -77,7 +77,7 @@ def test_samples_are_separated(capsys: pytest.CaptureFixture[str], folder: str) 
 
 
 def test_without_a_prompt_and_without_max_tokens(capsys: pytest.CaptureFixture[str], folder: str) -> None:
-    """A fresh text, which the end of the context ends."""
+    """A fresh text, which stops at the end of the context."""
     status, out, err = run(capsys, "generate", "--model", folder, "--seed", "1", "--ignore-eos")
     assert status == 0 and err == "" and len(out) > 20
 
@@ -182,7 +182,7 @@ def test_broken_models_are_named(capsys: pytest.CaptureFixture[str], folder: str
 
 
 def test_stdin_and_pipes() -> None:
-    """In processes of their own: bytes on stdin, a reader that leaves early, no options at all."""
+    """In separate processes: bytes on stdin, a reader that leaves early, no options at all."""
     if not (STORYBOOK / "model.safetensors").exists():
         pytest.skip("the shipped model is not in this checkout")
     done = process("generate", "-", "--max-tokens", "5", "--seed", "1", stdin="Der Bär".encode())
@@ -195,7 +195,7 @@ def test_stdin_and_pipes() -> None:
 
 
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
-    """They took 1.7 s, and take 0.1 s."""
+    """They used to take 1.7 s, and now take 0.1 s."""
     code = """
 import sys
 sys.modules["torch"] = None  # any import of it fails
@@ -222,7 +222,7 @@ for arguments, expected in [
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("when", ["gpt2.sampling", "numpy", "torch", "gpt2.engine", "text"])
 def test_ctrl_c_at_any_time(folder: str, when: str) -> None:
-    """Once a module has been imported, or while text is written: status 130 and nothing said."""
+    """Once a module has been imported, or while text is written: status 130 and no output."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     options = ["--model", folder, "--ignore-eos", "-n", "4000", "--temperature", "0"]
@@ -239,7 +239,7 @@ def test_ctrl_c_at_any_time(folder: str, when: str) -> None:
         if line.split("|")[-1].strip() == (when if when != "text" else "gpt2.engine"):
             break
     if when == "text":
-        time.sleep(1.0)  # in the midst of 4000 samples
+        time.sleep(1.0)  # in the middle of 4000 samples
     child.send_signal(signal.SIGINT)
     said = [line for line in child.stderr if not line.startswith("import time:")]
     assert (child.wait(60), said) == (130, [])

@@ -1,4 +1,4 @@
-"""flash-attn's functions against its documented meaning, written out in float64."""
+"""flash-attn's functions against their documented behaviour, written out in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpt2_kernels.compat.flash_attn import (
 
 
 def seen(Tq: int, Tk: int, causal: bool, window: tuple[int, int]) -> Tensor:
-    """Query i sees keys i + Tk - Tq - left .. i + Tk - Tq + right, as flash-attn's docstrings have it."""
+    """Query i sees keys i + Tk - Tq - left .. i + Tk - Tq + right, as flash-attn's docstrings say."""
     left, right = window
     right = 0 if causal else right
     i, j = torch.arange(Tq)[:, None] + Tk - Tq, torch.arange(Tk)[None]
@@ -75,7 +75,7 @@ def test_func(path: torch.device, name: str, lengths: tuple[int, int]) -> None:
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(truth, exact, grad.double())
     for ours, theirs in zip(torch.autograd.grad(out, (q, k, v), grad), expected):
-        if theirs.isfinite().all():  # written out, a row that sees no key has no gradient
+        if theirs.isfinite().all():  # written out, a row that sees no key has no finite gradient
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -99,7 +99,7 @@ def test_varlen(path: torch.device, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_packed_is_the_same_as_apart(path: torch.device, name: str) -> None:
-    """Results, logsumexp and gradients, bit for bit."""
+    """Results, logsumexp and gradients are equal, bit for bit."""
     options = {"return_attn_probs": True, **CASES[name]}
     qkv = torch.randn(2, 9, 3, 2, 16, device=path, requires_grad=True)
     q, kv = qkv[:, :, 0], qkv[:, :, 1:]
@@ -173,14 +173,14 @@ def test_kvcache_rows_by_index_an_int_and_a_window(path: torch.device) -> None:
     keys, values = cache[:, [3, 0], :6].double()
     truth, _ = written_out(q.double(), keys, values, True, (2, -1), None)
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
-    full = flash_attn_with_kvcache(q, cache[0, :2], cache[1, :2])  # a full cache, and one query needs no causal
+    full = flash_attn_with_kvcache(q, cache[0, :2], cache[1, :2])  # a full cache; one query needs no causal mask
     truth, _ = written_out(q.double(), *cache[:, :2].double(), False, (-1, -1), None)
     torch.testing.assert_close(full.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("Tq", [1, 3])
 def test_kvcache_compiles_whole(production: torch.device, Tq: int) -> None:
-    """That the new keys fit is asserted in the graph, which a branch on it would have broken on a CPU."""
+    """Whether the new keys fit is asserted in the graph; a branch on it would break the graph on a CPU."""
     cache = torch.randn(2, 2, 8, 2, 16, device=production)
     q, k, v = torch.randn(3, 2, Tq, 2, 16, device=production)
     lengths = torch.tensor([0, 5], dtype=torch.int32, device=production)
@@ -191,7 +191,7 @@ def test_kvcache_compiles_whole(production: torch.device, Tq: int) -> None:
     expected = flash_attn_with_kvcache(q, *theirs, k, v, cache_seqlens=lengths, causal=True)
     torch.testing.assert_close(out, expected)
     assert torch.equal(ours, theirs) and not torch.equal(ours, cache)
-    if production.type == "cpu":  # on a GPU it would end the process's use of it
+    if production.type == "cpu":  # on a GPU the failed assertion would make it unusable for this process
         with pytest.raises(RuntimeError, match=r"cache_seqlens plus the . tokens of k must lie in 0\.\.8"):
             compiled(q, *ours, k, v, cache_seqlens=lengths + 4, causal=True)
 
@@ -200,7 +200,7 @@ def test_kvcache_compiles_whole(production: torch.device, Tq: int) -> None:
 
 
 def test_signatures_are_flash_attns() -> None:
-    """As flash-attn 2.8 publishes them: code that passes by position keeps its meaning."""
+    """As flash-attn 2.8 publishes them: code that passes arguments by position keeps its meaning."""
     names = {f.__name__: list(inspect.signature(f).parameters) for f in (flash_attn_func, flash_attn_varlen_func)}
     last = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs".split()
     assert names["flash_attn_func"] == ["q", "k", "v", *last]

@@ -18,7 +18,7 @@ from gpt2_kernels import _check, _crossentropy_cpu, crossentropy
 
 @pytest.fixture(autouse=True)
 def chunks_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that shapes which the interpreter can bear are taken in several chunks."""
+    """So that shapes small enough for the interpreter are split into several chunks."""
     monkeypatch.setattr(_crossentropy_cpu, "FEWEST_ROWS", 1)
 
 
@@ -47,7 +47,7 @@ def linear_inputs(device: torch.device, dtype: torch.dtype, R: int, C: int, V: i
 
 
 def torch_loss(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """PyTorch's loss of logits in their own dtype; the loss itself in float32 or float64, as ours."""
+    """PyTorch's loss of logits in their own dtype; the loss itself is float32 or float64, like ours."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore_index)
 
@@ -93,14 +93,14 @@ def test_gpt2_vocabulary(path: torch.device, dtype: torch.dtype) -> None:
 
 
 def test_more_rows_than_the_cpu_takes_at_a_time(path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_crossentropy_cpu, "CHUNK", 100)  # 3 of these rows; the kernel knows no such chunks
+    monkeypatch.setattr(_crossentropy_cpu, "CHUNK", 100)  # 3 of these rows; the kernel has no such chunks
     logits, targets = inputs(path, torch.float32, 8, 33)
     compare(ops.cross_entropy, torch_loss, [logits], targets)
 
 
 @pytest.mark.parametrize("target", [0, 5, 6, 7, 8, 4102, 4103, 4109], ids=str)
 def test_every_part_of_a_row_knows_its_columns(path: torch.device, target: int) -> None:
-    """Row 1 of 4110 float16 starts 4 bytes before a 16-byte border: start, blocks and end are all there."""
+    """Row 1 of 4110 float16 starts 4 bytes before a 16-byte boundary: it has a start, blocks and an end."""
     logits, targets = inputs(path, torch.float16, 2, 4110)
     targets[:] = target
     compare(ops.cross_entropy, torch_loss, [logits], targets)
@@ -108,7 +108,7 @@ def test_every_part_of_a_row_knows_its_columns(path: torch.device, target: int) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_cross_entropy(path: torch.device, dtype: torch.dtype) -> None:
-    """Chunks of 2 rows with one left over, and a vocabulary that is no multiple of anything."""
+    """Chunks of 2 rows with one left over, and a vocabulary that is not a multiple of anything."""
     x, weight, targets = linear_inputs(path, dtype, 47, 24, 333)
     compare(ops.linear_cross_entropy, torch_linear_loss, [x, weight], targets)
 
@@ -127,7 +127,7 @@ def test_linear_of_width_one(path: torch.device, shape: tuple[int, int, int]) ->
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16], ids=["plain", "loss scale"])
 def test_float16_gradients_do_not_underflow(path: torch.device, scale: float) -> None:
-    """Divided by the number of rows before the products, d logits would lose its digits in float16 and then vanish."""
+    """Divided by the number of rows before the products, d logits would lose precision in float16 and then vanish."""
     R = 300
     x, weight, targets = linear_inputs(path, torch.float16, R, 16, 500)
     weight = weight * 2.0**-6
@@ -137,7 +137,7 @@ def test_float16_gradients_do_not_underflow(path: torch.device, scale: float) ->
     ours = torch.autograd.grad(loss, leaves, torch.tensor(scale, device=path))
     truth = torch.autograd.grad(torch_linear_loss(*exact, targets), exact, torch.tensor(scale).double().to(path))
     for a, b in zip(ours, truth):
-        smallest = 2.0**-24  # of float16: half of it is what one rounding may cost there
+        smallest = 2.0**-24  # of float16: one rounding may cost half of it
         assert (a.double() - b).abs().max() <= 2e-3 * b.abs().max() + smallest
 
 
@@ -153,7 +153,7 @@ def test_several_leading_axes(path: torch.device) -> None:
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # (6, 4, 96) -> (.., .., V)
     "rows": lambda t: t[::2],
-    "columns": lambda t: t[..., 3:36],  # rows as far apart as before, and started at another alignment
+    "columns": lambda t: t[..., 3:36],  # rows as far apart as before, but with another alignment
     "columns, odd width": lambda t: t[..., 8:41],  # read and written rows are aligned differently
     "transposed": lambda t: t.transpose(0, 1),
     "last_axis_strided": lambda t: t[..., ::2],
@@ -199,7 +199,7 @@ def test_expanded_incoming_gradient(path: torch.device) -> None:
 
 
 def test_offsets_beyond_two_to_the_31(path: torch.device) -> None:
-    """Rows so far apart that an offset in int32 would wrap; the memory between is never touched."""
+    """Rows so far apart that an int32 offset would wrap; the memory between is never touched."""
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 8 * 2**30:
         pytest.skip("needs 8 GiB of GPU memory")
     stride, V = 2**30 + 3, 40
@@ -220,7 +220,7 @@ def test_offsets_beyond_two_to_the_31(path: torch.device) -> None:
 
 @pytest.mark.parametrize("factor", [1e2, 1e4, 1e37], ids=str)
 def test_huge_logits(path: torch.device, factor: float) -> None:
-    """exp of them overflows, and their logsumexp in float32 has no digits for the sum of exponentials."""
+    """Their exp overflows, and a float32 logsumexp has no digits left for the sum of exponentials."""
     logits, targets = inputs(path, torch.float32, 4, 300)
     logits = (logits / logits.abs().max() * factor).requires_grad_()
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_nan_is_not_hidden(path: torch.device) -> None:
         spoilt[0, 7] = value
         assert ops.cross_entropy(spoilt, targets).isnan()
     spoilt = logits.clone()
-    spoilt[1] = torch.nan  # the ignored row, which is not looked at
+    spoilt[1] = torch.nan  # the ignored row, which is not read
     assert torch.equal(ops.cross_entropy(spoilt, targets), ops.cross_entropy(logits, targets))
     spoilt.requires_grad_()
     ops.cross_entropy(spoilt, targets).backward()
@@ -255,7 +255,7 @@ def test_nan_is_not_hidden(path: torch.device) -> None:
 
 @pytest.mark.parametrize("ignore_index", [-1, 0, 3, 2**40], ids=str)
 def test_ignore_index(path: torch.device, ignore_index: int) -> None:
-    """Also one inside the vocabulary, and one past 32 bits."""
+    """Including one inside the vocabulary, and one past 32 bits."""
     logits, targets = inputs(path, torch.float32, 40, 7)
     targets[20] = ignore_index
     assert (targets == ignore_index).any()
@@ -266,7 +266,7 @@ def test_ignore_index(path: torch.device, ignore_index: int) -> None:
 
 @pytest.mark.parametrize("R", [0, 3])
 def test_no_row_left(path: torch.device, R: int) -> None:
-    """torch's answer: the loss is NaN, the gradients are 0."""
+    """As in torch, the loss is NaN and the gradients are 0."""
     x, weight, _ = (
         t.requires_grad_() if t.is_floating_point() else t for t in linear_inputs(path, torch.float32, R, 4, 9)
     )
@@ -307,7 +307,7 @@ def test_gradient_only_where_it_is_wanted(path: torch.device) -> None:
 
 
 def test_tied_embedding(path: torch.device) -> None:
-    """weight gets a gradient as the embedding and one as the head."""
+    """weight gets one gradient as the embedding and one as the head."""
     _, weight, targets = linear_inputs(path, torch.float32, 20, 6, 30)
     tokens = torch.randint(30, (20,), device=path)
 
@@ -324,7 +324,7 @@ def test_backward_twice_leaves_what_was_saved(path: torch.device) -> None:
     first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
     kept = [t.clone() for t in first]
     for t in first:
-        t.zero_()  # what backward returns is the caller's
+        t.zero_()  # what backward returns belongs to the caller
     for factor in (3, 6):
         again = torch.autograd.grad(factor * loss, leaves, retain_graph=True)
         for a, b in zip(again, kept):
@@ -341,7 +341,7 @@ def test_backward_twice_leaves_what_was_saved(path: torch.device) -> None:
 
 
 def test_same_bits_twice_and_in_any_batch(path: torch.device) -> None:
-    """Every row's statistics and gradient are its own; the whole is the same each time."""
+    """Every row's statistics and gradient depend on that row alone; the result is the same each time."""
     logits, targets = inputs(path, torch.float32, 7, 1500)
     operator = torch.ops.gpt2_kernels.cross_entropy
     together = operator(logits, targets, -100)
@@ -356,7 +356,7 @@ def test_same_bits_twice_and_in_any_batch(path: torch.device) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The largest storage, in bytes, that any operation returns, those inside our operators included."""
+    """The largest storage, in bytes, that any operation returns, including those inside our operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -408,7 +408,7 @@ class Nothing:
         (65536, 50257, 50304, 3968),  # 17 chunks of whole tiles: the padding leaves no room for 4096 rows
         (65536, 50304, 50304, 4096),
         (8192, 50257, 50304, 512),  # a sixteenth would be 511 rows
-        (600, 100, 128, 384),  # two chunks, as even as tiles allow
+        (600, 100, 128, 384),  # two chunks, as equal as tiles allow
         (16, 100, 128, 128),
         (0, 100, 128, 128),
     ],
@@ -461,7 +461,7 @@ def test_compile(path: torch.device) -> None:
 
 @pytest.mark.parametrize("target", [-1, 30, 2**40])
 def test_a_target_outside_the_vocabulary(path: torch.device, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error where looking is free; a kernel asked all the same reads nothing it must not, and says NaN."""
+    """An error where checking is free; otherwise the kernel reads nothing out of bounds and returns NaN."""
     logits, targets = inputs(path, torch.float32, 4, 30)
     targets[1] = target
     x, weight, _ = linear_inputs(path, torch.float32, 4, 6, 30)

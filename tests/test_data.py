@@ -1,4 +1,4 @@
-"""Tokens of a text that streams through, and windows that cover it: against the text encoded whole, token by token."""
+"""Tokens of a streamed text, and the windows that cover it, against the text encoded as a whole, token by token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gpt2 import data
 from gpt2.tokenizer import END_OF_TEXT, WORDS
 
-# Bytes, and merges of what stands between words: a cut in the wrong place shows in the tokens.
+# Bytes, and merges of what separates words, so that a cut in the wrong place shows in the tokens.
 _SPACES = [b"\n ", b"\n\n", b"  ", b" \n", b"\t ", b"\n\n\n", b"   ", b"\n  ", b" a", b" !", b"'s", b"12", b"!!"]
 TOKENIZER = tiktoken.Encoding(
     "spaces",
@@ -38,7 +38,7 @@ TEXT = (
 
 
 def whole(text: str) -> list[int]:
-    """The specification: documents between marks, each led by <|endoftext|>; empty ones are none."""
+    """The specification: documents between marks, each preceded by <|endoftext|>; empty ones are left out."""
     lines, documents = text.split("\n"), [[]]
     for line in lines:
         if line == END_OF_TEXT:
@@ -69,7 +69,7 @@ def test_pieces_have_the_tokens_of_the_whole(tmp_path: Path, characters: int) ->
     st.lists(st.sampled_from([" ", "\n", "a", "It's", "é", "\t", "12", "!", "\u2003", "\x85", *MARKS, "\n"])),
     st.integers(1, 40) | st.just(data.CHARACTERS),
 )
-@example(["a\n", *4 * [MARKS[1]], "12"], data.CHARACTERS)  # empty documents in the midst, at the start, after a line
+@example(["a\n", *4 * [MARKS[1]], "12"], data.CHARACTERS)  # empty documents in the middle, at the start, after a line
 @example([*3 * [MARKS[1]], "a"], 9)
 @example(["\n", *3 * [MARKS[1]], "a"], data.CHARACTERS)
 def test_any_text_has_the_tokens_of_the_whole(
@@ -83,7 +83,7 @@ def test_any_text_has_the_tokens_of_the_whole(
 
 @pytest.mark.parametrize("characters", [1, data.CHARACTERS])
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, characters: int) -> None:
-    """One at the start of each file; a second one, or one in the midst, is a character like any other."""
+    """At the start of each file; a second one, or one in the middle, is a character like any other."""
     for name, content in (("a", "a\ufeff b"), ("b", f"{END_OF_TEXT}\nc"), ("c", "\ufeffd"), ("d", "")):
         path = tmp_path / f"{name}.txt"
         path.write_text(content, encoding="utf-8-sig")
@@ -111,12 +111,12 @@ def test_a_file_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_data_changed_before_a_run_began_are_tokenised_again(tmp_path: Path) -> None:
-    """Of one length: sizes do not tell. A run that has begun keeps the tokens that it began with."""
+    """The length is the same, so the size does not tell. A run that has begun keeps its tokens."""
     text = tmp_path / "text.txt"
     text.write_text("The first text.")
     data.tokenise(text, TOKENIZER, tmp_path, "train", False)
     text.write_text("A second text..")
-    os.utime(text, (1, 1))  # as a copy that keeps its time
+    os.utime(text, (1, 1))  # like a copy that preserves timestamps
     assert data.tokenise(text, TOKENIZER, tmp_path, "train", True).tolist() == whole("The first text.")
     assert data.tokenise(text, TOKENIZER, tmp_path, "train", False).tolist() == whole("A second text..")
 
@@ -214,7 +214,7 @@ def test_data_without_text_is_refused(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    """The file that is written lies on a device that is full."""
+    """The file being written is on a full device."""
     (tmp_path / "text.txt").write_text("text " * 10)
     (tmp_path / "train.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"train.tokens could not be written: .*[Nn]o space left|requested and 0 written"):
@@ -225,7 +225,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["random", "sequential"])
 @pytest.mark.parametrize("tokens", [16, 17, 64, 65, 71])  # just enough, one over, whole windows, one over, the rest
 def test_each_token_is_predicted_once_a_pass(order: str, tokens: int) -> None:
-    """Token i holds i: a target names its place, and its input must be the one before it on the ring."""
+    """Token i has value i: a target gives its position, and its input must be the one before it on the ring."""
     windows = data.Windows(np.arange(tokens, dtype=np.uint16), 15, order, seed=3)
     for number in range(2):
         seen: Counter[int] = Counter()
@@ -239,7 +239,7 @@ def test_each_token_is_predicted_once_a_pass(order: str, tokens: int) -> None:
 
 def test_a_batch_depends_on_its_number_alone() -> None:
     tokens = np.random.default_rng(0).integers(0, 100, 200).astype(np.uint16)
-    together = data.Windows(tokens, 16, "random", 5).batch(3, 30)  # over the border of two passes
+    together = data.Windows(tokens, 16, "random", 5).batch(3, 30)  # across two passes
     again = data.Windows(tokens, 16, "random", 5)
     apart = [again.batch(n, 1) for n in reversed(range(3, 33))][::-1]
     for i in range(2):

@@ -1,4 +1,4 @@
-"""advance_: each text's state after a token, played out one text at a time in Python."""
+"""advance_: each sequence's state after a token, against a Python loop over sequences."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.library import opcheck
 import gpt2_kernels as ops
 
 BLOCK_SIZE = 4
-WIDTH = 5  # blocks of a text
+WIDTH = 5  # blocks per sequence
 NAMES = (
     "drawn", "tokens", "positions", "slots", "context_lens", "limits", "ends", "block_table", "record", "count",
 )  # fmt: skip
 
 
 def state(S: int, device: torch.device, idle: float = 0.3) -> dict[str, Any]:
-    """Texts in the middle, at borders of blocks, about to end in each of the two ways, and idle ones."""
+    """Sequences in the middle, at block boundaries, about to end in each of the two ways, and idle ones."""
     positions = torch.randint(0, WIDTH * BLOCK_SIZE - 2, (S,))
     arguments = {
         "drawn": torch.randint(0, 6, (S,)),
@@ -62,7 +62,7 @@ def expected(arguments: dict[str, Any]) -> dict[str, list]:
     return after
 
 
-@pytest.mark.parametrize("S", [1, 7, 256, 300])  # one; no power of two; a whole pass of the kernel; two passes
+@pytest.mark.parametrize("S", [1, 7, 256, 300])  # one; not a power of two; a full pass of the kernel; two passes
 def test_state_moves_on_by_a_token(path: torch.device, S: int) -> None:
     arguments = state(S, path)
     truth = expected(arguments)

@@ -1,4 +1,4 @@
-"""Which device a name means, played out for GPUs that are not there."""
+"""Which device a name means, simulated for GPUs that are not there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpt2.device import device_of
 
 @pytest.mark.parametrize(("capability", "usable"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
 def test_gpus_that_are_too_old(capability: tuple[int, int], usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of bfloat16 would not compile for them: the default is the CPU there, and who names one is told."""
+    """bfloat16 kernels would not compile for them: the default is then the CPU, and naming such a GPU is an error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

@@ -1,4 +1,4 @@
-"""Engine: the same tokens as the naive models, whatever the batch, and nothing lost."""
+"""Engine: the same tokens as the naive models, whatever the batch, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_requests_by_hand(model: GPT2) -> None:
 
 
 def test_progress_of_many_requests(folder: Path, model: GPT2) -> None:
-    """Each view of a running request begins what its result turns out to be; a stop string is never half shown."""
+    """Each view of a running request is a prefix of its final result; a stop string is never half shown."""
     engine = Engine(model, load_tokenizer(folder), num_blocks=64)
     params = SamplingParams(max_tokens=20, n=2, seed=4, ignore_eos=True, logprobs=2)
     whole_text = engine.generate(["Once upon"], params)[0].outputs[0].text
@@ -271,7 +271,7 @@ def test_progress_of_many_requests(folder: Path, model: GPT2) -> None:
 
 
 def test_streams_beside_other_requests(folder: Path, model: GPT2) -> None:
-    """Nothing is lost and nothing doubled: finished neighbours wait, and a stream may be read late or never."""
+    """Nothing is lost or duplicated: finished neighbours wait, and a stream may be read late or never."""
     engine = Engine(model, load_tokenizer(folder), num_blocks=64)
     params = SamplingParams(max_tokens=20, seed=4, ignore_eos=True)
     expected = engine.generate(["Once upon"], params)[0].outputs[0].text
@@ -301,7 +301,7 @@ def test_nothing_is_recorded_for_gradients(model: GPT2, monkeypatch: pytest.Monk
 
 def test_products_of_prompts_and_of_generated_tokens(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a kernel of its own: a token's bits depend on which it is, and on nothing else."""
-    engine = Engine(model, num_blocks=64, cuda_graphs=False)  # replays of graphs would not be seen
+    engine = Engine(model, num_blocks=64, cuda_graphs=False)  # graph replays would not be seen
     seen: list[list[bool]] = []
     monkeypatch.setattr(ops, "has_paged_layer", lambda x: False)
     for name in ("linear", "gelu_mlp"):
@@ -315,13 +315,13 @@ def test_products_of_prompts_and_of_generated_tokens(model: GPT2, monkeypatch: p
     forward = model.forward_paged
     monkeypatch.setattr(model, "forward_paged", lambda b, c: seen.append([]) or forward(b, c))
     engine.generate([[1]], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
-    products = 3 * model.config.n_layer + 1  # of attention two, the MLP as one, and the logits
+    products = 3 * model.config.n_layer + 1  # per layer two of attention and the MLP as one; and the logits
     assert seen == [[False] * products, [True] * products, [True] * products]
 
 
 def test_a_prompt_is_always_prefill(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last token too, when a shared prefix leaves nothing else: decode may use another tile, with other bits."""
-    engine = Engine(model, num_blocks=64, block_size=8, cuda_graphs=False)  # replays of graphs would not be seen
+    """Even its last token alone, when a prefix is shared: decode may use another tile, with other bits."""
+    engine = Engine(model, num_blocks=64, block_size=8, cuda_graphs=False)  # graph replays would not be seen
     seen = []
     real = model.forward_paged
     monkeypatch.setattr(model, "forward_paged", lambda b, c: seen.append((len(b.tokens), b.max_seqlen)) or real(b, c))
@@ -398,7 +398,7 @@ def test_bad_sampling_params(changes: dict, message: str) -> None:
     "value", [10**400, -(10**400), 10**5000, math.inf, -math.inf], ids=["1e400", "-1e400", "1e5000", "inf", "-inf"]
 )
 def test_numbers_that_no_float_holds(name: str, value: float) -> None:
-    """The message is short, though Python writes an integer in full, and one of 5000 digits not at all."""
+    """The message is short, although Python prints integers in full, and refuses to print one of 5000 digits."""
     with pytest.raises(ValueError, match=f"^SamplingParams: {name} must be a number in .*, got ") as e:
         SamplingParams(**{name: value})
     assert len(str(e.value)) < 200
@@ -441,8 +441,8 @@ def test_bad_requests_are_refused_before_any_work(folder: Path, model: GPT2) -> 
 
 
 def test_an_error_while_results_are_on_their_way(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where the engine works ahead: nothing is given to the wrong request afterwards."""
-    engine = Engine(model, num_blocks=16, block_size=8, cuda_graphs=False)  # replays of graphs would not fail
+    """As on a GPU, where the engine works ahead: afterwards no result goes to the wrong request."""
+    engine = Engine(model, num_blocks=16, block_size=8, cuda_graphs=False)  # graph replays would not fail
     engine._steps, engine._most_unread = 4, 1
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, n=3)
     expected = engine.generate([[1, 2, 3], [4, 5]], params)
@@ -480,7 +480,7 @@ def test_an_abort_while_results_are_on_their_way(model: GPT2) -> None:
 
 
 def test_text_is_made_when_it_is_asked_for(folder: Path, model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host of 256 texts has no time to decode each token: without stop strings that waits for the end."""
+    """With 256 sequences the host has no time to decode each token: without stop strings that waits for the end."""
     engine = Engine(model, load_tokenizer(folder), num_blocks=64)
     seen = []
     real = TextStream.extend
@@ -490,7 +490,7 @@ def test_text_is_made_when_it_is_asked_for(folder: Path, model: GPT2, monkeypatc
 
 
 def test_an_fp8_cache(model: GPT2, prompts: list[list[int]]) -> None:
-    """Close to the exact texts, in half of bfloat16's bytes, and as independent of the batch as any other cache."""
+    """Close to the exact texts, in half the bytes of bfloat16, and as independent of the batch as any cache."""
     params = [SamplingParams(max_tokens=8, seed=i, ignore_eos=True, logprobs=1) for i in range(len(prompts))]
     exact = Engine(model, num_blocks=64, block_size=8)
     rounded = Engine(model, num_blocks=64, block_size=8, cache_dtype=torch.float8_e4m3fn)
@@ -500,13 +500,13 @@ def test_an_fp8_cache(model: GPT2, prompts: list[list[int]]) -> None:
     for prompt, own, completion in zip(prompts, params, together):
         engine = Engine(model, num_blocks=12, block_size=8, max_batch=1, cache_dtype=torch.float8_e4m3fn)
         assert engine.generate([prompt], own)[0].outputs == completion.outputs
-    # The first token of a text has seen a rounded cache too. Where it is the same one, so nearly is its probability.
+    # Even the first new token depends on a rounded cache. Where it is the same token, its probability is nearly so too.
     firsts = [
         (c.outputs[0].logprobs[0], e.outputs[0].logprobs[0]) for c, e in zip(together, exact.generate(prompts, params))
     ]
     pairs = [(a.logprob, b.logprob) for a, b in firsts if a.token == b.token]
     assert len(pairs) >= len(prompts) // 2 and any(a != b for a, b in pairs)
-    assert max(abs(a - b) for a, b in pairs) < 0.3  # 4 bits of precision; without the scales it is 1 and more
+    assert max(abs(a - b) for a, b in pairs) < 0.3  # 4 bits of precision; without the scales it is 1 or more
 
 
 def test_a_cache_dtype_that_is_not_to_be_had(model: GPT2) -> None:
@@ -523,7 +523,7 @@ def test_a_cache_dtype_that_is_not_to_be_had(model: GPT2) -> None:
 def test_an_interrupt_anywhere_loses_nothing(
     model: GPT2, monkeypatch: pytest.MonkeyPatch, place: str, after: bool
 ) -> None:
-    """Ctrl-C before or after the work of a function: every block is free, and the engine writes the same texts."""
+    """Ctrl-C before or after a function's work: every block is free, and the engine then writes the same texts."""
     engine = Engine(model, num_blocks=10, block_size=8, max_batch=3)
     engine._steps, engine._most_unread = 2, 1
     prompts, params = [[1, 2, 3], [4, 5], [6] * 20, [7]], SamplingParams(max_tokens=12, seed=1, n=2)

@@ -1,4 +1,4 @@
-"""`gpt2.evaluate`: windows, and the loss against transformers and against every token computed by itself."""
+"""`gpt2.evaluate`: windows, and the loss against transformers and against every token computed alone."""
 
 from __future__ import annotations
 
@@ -125,9 +125,9 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: 
     assert ended.value.code == 2 and message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
-# Lengths for `log_likelihoods`, context and continuation, of a model with 64 positions: one token each; two pairs that
-# read the same tokens; all positions and one token more, of which nothing is lost; a context that loses its first 38
-# tokens; a continuation that fills every position, after the last token of its context.
+# Lengths of context and continuation for `log_likelihoods`, with a model of 64 positions: one token each; two pairs
+# that read the same tokens; all positions and one token more, without loss; a context that loses its first 38 tokens; a
+# continuation that fills every position, after the last token of its context.
 LENGTHS = [(1, 1), (7, 1), (7, 1), (40, 25), (90, 13), (5, 64), (30, 3)]
 
 
@@ -153,13 +153,13 @@ def true_log_likelihood(model: ReferenceGPT2, context: list[int], continuation: 
 def test_log_likelihoods_are_those_of_float64(
     tmp_path: Path, production: torch.device, max_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 1e-5 of the sum, which 64 float32 log-probabilities round to about 1e-6 of; batches change no bit."""
+    """To 1e-5 of the sum; rounding 64 float32 log-probabilities costs about 1e-6. Batching changes no bit."""
     config = tiny_config()
     folder = random_checkpoint(tmp_path, config)
     model = GPT2.from_pretrained(folder, device=production)
     truth = ReferenceGPT2.from_pretrained(folder, device="cpu", dtype=torch.float64)
     pairs = pairs_of(config)
-    for context, length in (([5, 9, 200], 1), ([17], 12)):  # greedy ones, the second in several passes of the logits
+    for context, length in (([5, 9, 200], 1), ([17], 12)):  # greedy ones; the second takes several passes of logits
         pairs.append((context, truth.generate(context, length)))
     pairs.append((pairs[-1][0], pairs[-1][1][:-1] + [(pairs[-1][1][-1] + 1) % 288]))  # all but the last
     monkeypatch.setattr("gpt2.evaluate.PACKED_TOKENS", 100)

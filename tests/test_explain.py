@@ -79,7 +79,7 @@ def test_environment_report() -> None:
 
 
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is there for CUDA, and no kernel compiles for it: each says so, with the rule and what was got."""
+    """CUDA sees it, but no kernel compiles for it: each of them says so, with the rule and the capability found."""
     card = SimpleNamespace(name="Tesla T4", major=7, minor=5, total_memory=2**34, multi_processor_count=40)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -114,12 +114,12 @@ def test_which_gpus_are_refused(
 
 
 def test_warmup_calls_every_kernel(path: torch.device) -> None:
-    """Everything it would compile is an operator that runs, and no operator of model or trainer is left out."""
+    """Everything it would compile is an operator that runs, and no operator of the model or trainer is left out."""
     with Called() as called:
         for call in warmup.calls(warmup.Widths(16, 2, 50), torch.float32, path).values():
             call()
     ran = {name.split(".")[1] for name in called.names if name.startswith("gpt2_kernels.")}
-    # for looking inside; logits that are held; no kernel to compile
+    # for inspection; logits held in memory; no kernel to compile
     unused = {"attention_map", "attention_map_top", "linear_int8", "paged_layer_", "gelu_mlp"}
     assert {op for op in _operator.OPS if op not in unused and not op.startswith("cross_entropy")} <= ran
 

@@ -1,4 +1,4 @@
-"""The Explorer: what the page shows is what the reference model says, and a person can use all of it."""
+"""The Explorer: the page shows what the reference model computes, and a person can use all of it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_attention_is_exact(
 
 
 def test_attention_on_the_kernels(path: torch.device, folder: Path, reference: ReferenceGPT2) -> None:
-    """From the Triton kernels (interpreted where there is no GPU), and from what a CPU takes."""
+    """From the Triton kernels (interpreted where there is no GPU), and from the CPU path."""
     tokens = [3, 1, 4, 1, 5]
     found = look.attention(GPT2.from_pretrained(folder, device=path, dtype=torch.float32), tokens, layer=1)
     truth = mean_of(maps_of(reference, tokens), 1, None)
@@ -111,7 +111,7 @@ def page() -> Iterator[Page]:
 
 
 class Reader:
-    """What the page must show, by the reference model in float64."""
+    """What the page must show, according to the reference model in float64."""
 
     def __init__(self) -> None:
         self.model = ReferenceGPT2.from_pretrained("storybook", device="cpu", dtype=torch.float64)
@@ -140,7 +140,7 @@ def shown(page: Page) -> list[int]:
 
 
 def settled(page: Page, tokens: list[int]) -> None:
-    """The text is these tokens, and what may follow them has come."""
+    """Waits until the text is these tokens, and the candidates for the next one have arrived."""
     end = time.monotonic() + 60
     while shown(page) != tokens or page.js("document.getElementById('next').getAttribute('aria-busy')") != "false":
         assert time.monotonic() < end, (shown(page), tokens)
@@ -164,7 +164,7 @@ def check_bars(page: Page, reader: Reader, tokens: list[int], temperature: float
 
 
 def put(page: Page, name: str, value: int | None, event: str = "input") -> None:
-    """Give a control a value, as its own handling of the mouse would."""
+    """Sets a control's value, as its own mouse handling would."""
     page.js(
         f"(() => {{ const c = document.getElementById('{name}'); c.value = '{'' if value is None else value}';"
         f" c.dispatchEvent(new Event('{event}', {{bubbles: true}})); }})()"
@@ -172,7 +172,7 @@ def put(page: Page, name: str, value: int | None, event: str = "input") -> None:
 
 
 def test_a_visit(page: Page, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """A person types a prompt, appends three tokens, takes one back, reshapes, writes on, and opens the attention."""
+    """A person types a prompt, appends three tokens, undoes one, reshapes, continues, and opens the attention view."""
     reader = Reader()
     page.open(page.url)  # type: ignore[attr-defined]
     page.until("document.querySelectorAll('#next li').length === 10")
@@ -241,7 +241,7 @@ def test_a_visit(page: Page, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 
 def attention(page: Page, reader: Reader, tokens: list[int], pictures: dict[str, bytes]) -> None:
-    """Percentages of a row, in words and on the tokens, and a cell of the matrix; then by keyboard."""
+    """A row's percentages, in words and on the tokens, and a cell of the matrix; then by keyboard."""
     maps = maps_of(reader.model, tokens)
     chosen = len(tokens) - 2
     page.click(f".token:nth-of-type({chosen + 1})")
@@ -300,7 +300,7 @@ def writing(page: Page, reader: Reader, tokens: list[int]) -> None:
 
 
 def everything_has_a_name(page: Page) -> None:
-    """What a screen reader comes to by the keyboard says what it is."""
+    """Everything that a screen reader reaches by keyboard has a name."""
     page.call("Accessibility.enable")
     found = 0
     for node in page.call("Accessibility.getFullAXTree")["nodes"]:

@@ -63,7 +63,7 @@ def inputs(device: torch.device, dtype: torch.dtype, case: Case) -> tuple[Tensor
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Written out with a mask, independent of the package's own reference; computes in the dtype it is given."""
+    """Written out with a mask, independent of the package's own reference; computes in the inputs' dtype."""
     Tq, H, D = q.shape[1:]
     Tk, Hkv = k.shape[1:3]
     k, v = (t.repeat_interleave(H // Hkv, dim=2) for t in (k, v))
@@ -78,7 +78,7 @@ def torch_attention(
     return torch.einsum("bhij,bjhd->bihd", weights, v), torch.logsumexp(scores, -1)
 
 
-# float16 takes the code of bfloat16: two cases of it are enough
+# float16 shares bfloat16's code: two cases are enough
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(n, d) for n in CASES for d in DTYPES if d != torch.float16 or n.startswith(("gpt2", "grouped"))],
@@ -92,7 +92,7 @@ def test_forward(path: torch.device, name: str, dtype: torch.dtype) -> None:
     theirs, _ = torch_attention(q, k, v, case.causal, case.window)
     assert_accurate(out, theirs, truth)
     assert lse.dtype == torch.float32 and lse.shape == (case.B, case.H, case.Tq)
-    # -inf where there is no key; PyTorch's CPU kernel takes a quick exponential for bfloat16
+    # -inf where there is no key; PyTorch's CPU kernel uses a fast exponential for bfloat16
     tolerance = 1e-4 if dtype == torch.bfloat16 and path.type == "cpu" else 1e-5
     torch.testing.assert_close(lse.double(), true_lse, rtol=tolerance, atol=tolerance)
 
@@ -118,7 +118,7 @@ FAR = pytest.mark.parametrize(("T", "stride"), [(6, 2**29), (70, 2**25)], ids=["
 
 @FAR
 def test_offsets_beyond_two_to_the_31(path: torch.device, T: int, stride: int) -> None:
-    """Strides so large that an offset in int32 would wrap; the memory between is never touched."""
+    """Strides so large that an int32 offset would wrap; the memory between is never touched."""
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
     D = 16
@@ -142,7 +142,7 @@ def test_batch_does_not_matter(path: torch.device) -> None:
 
 
 def call(leaves: list, case: Case, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The autograd function itself: with a seed of our choice, and in float64, which the public function refuses."""
+    """The autograd function itself, with a chosen seed, and in float64, which the public function refuses."""
     scale = case.D**-0.5
     options = (None, None, case.Tq, case.Tk, case.causal, scale, case.window or 0, dropout_p, seed)
     return fused_attention._Attention.apply(*leaves, *options)
@@ -152,7 +152,7 @@ def call(leaves: list, case: Case, dropout_p: float = 0.0, seed: Tensor | None =
 
 
 def dropped_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, p: float) -> Tensor:
-    """Causal, written out, with a given mask (B, H, T, T)."""
+    """Causal attention written out, with a given dropout mask (B, H, T, T)."""
     k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[3] ** -0.5
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -163,7 +163,7 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, p: float) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [Case(1, 140, 140, 2, 2, 64), Case(2, 37, 37, 4, 2, 16)], ids=str)
 def test_dropout(path: torch.device, case: Case, dtype: torch.dtype) -> None:
-    """One mask in forward and backward, whatever their tiles: the one of the reference."""
+    """Forward and backward use the reference's mask, whatever their tiles."""
     p, seed = 0.3, torch.tensor([2**40 + 7], device=path)
     leaves = [t.detach().requires_grad_() for t in inputs(path, dtype, case)]
     keep = ops.reference.dropout_keep(seed, case.B, case.H, case.Tq, case.Tk, p)
@@ -209,7 +209,7 @@ def offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 @pytest.mark.parametrize("window", [None, 11])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed(path: torch.device, name: str, window: int | None, dtype: torch.dtype) -> None:
-    """Each packed sequence gives what it gives by itself; rows behind the last one give 0."""
+    """Each packed sequence gives the same as alone; rows after the last one give 0."""
     q_lengths, k_lengths = PACKED[name]
     k_lengths = k_lengths or q_lengths
     H, Hkv, D, spare = 4, 2, 16, 3
@@ -253,7 +253,7 @@ def test_packed_bits_are_those_of_the_sequence_alone(path: torch.device) -> None
 
 
 def test_packed_dropout_and_logsumexp(path: torch.device) -> None:
-    """Sequence s drops what row s of a padded batch drops, forward and backward; rows behind the last have lse -inf."""
+    """Sequence s drops what row s of a padded batch drops, forward and backward; rows after the last have lse -inf."""
     lengths, p, longest = (37, 1, 20), 0.3, 37
     leaves = [t.detach().requires_grad_() for t in torch.randn(3, sum(lengths) + 2, 2, 16, device=path)]
     cu, grad = offsets(lengths, path), torch.randn_like(leaves[0])

@@ -21,7 +21,7 @@ SHAPES = [
     (5, 64, 64),  # K a multiple of the tile
     (130, 72, 136),  # one past a row tile, ragged everywhere
     (9, 1, 3),  # K = 1
-    (600, 32, 70),  # more row tiles than run together, the last group short
+    (600, 32, 70),  # more row tiles than one group holds, the last group short
 ]
 
 
@@ -54,7 +54,7 @@ def test_forward(path: torch.device, shape: tuple[int, int, int], dtype: torch.d
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_epilogue(path: torch.device, activation: str, dtype: torch.dtype) -> None:
     x, weight, bias, residual = inputs(path, dtype, 20, 64, 70)
-    x = x * 4  # far enough out that both tails of the GELU are met
+    x = x * 4  # far enough out to reach both tails of the GELU
     truth = torch_linear(x.double(), weight.double(), bias.double(), activation, residual.double())
     theirs = torch_linear(x, weight, bias, activation, residual)
     assert_accurate(ops.linear(x, weight, bias, activation=activation, residual=residual), theirs, truth)
@@ -67,7 +67,7 @@ def test_the_two_gelus_differ(path: torch.device) -> None:
 
 
 def test_gelu_at_the_ends(path: torch.device) -> None:
-    """exp of a large argument must end in 0 or x, never in NaN."""
+    """exp of a large argument must give 0 or x in the end, never NaN."""
     x = torch.tensor([[-1e4], [-50.0], [0.0], [50.0], [1e4]], device=path)
     one = torch.ones(1, 1, device=path)
     for activation in ("gelu", "gelu_tanh"):
@@ -97,13 +97,13 @@ def test_layouts(path: torch.device, which: str, layout: str) -> None:
 
 
 def test_a_transposed_weight_is_not_copied(path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers' GPT-2 keeps it: forward and backward read it where it lies."""
+    """As transformers' GPT-2 stores it: forward and backward read it in place."""
     x, weight, _, _ = inputs(path, torch.float32, 12, 48, 40)
     grad = torch.randn(12, 40, device=path)
     expected = ops.linear(x, weight), torch.ops.gpt2_kernels.linear_backward(grad, weight, None, "", True)
     transposed = weight.T.contiguous().T
     monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("copied"))
-    torch.testing.assert_close(ops.linear(x, transposed), expected[0])  # on a CPU the two may be added in other orders
+    torch.testing.assert_close(ops.linear(x, transposed), expected[0])  # on a CPU the two may add in different orders
     assert torch.equal(torch.ops.gpt2_kernels.linear_backward(grad, transposed, None, "", True), expected[1])
 
 
@@ -133,7 +133,7 @@ def test_batch_axes(path: torch.device) -> None:
 
 @pytest.mark.parametrize("stride", [2**29, 2**25 + 16], ids=["within a tile", "in the second step along K"])
 def test_offsets_beyond_two_to_the_31(path: torch.device, stride: int) -> None:
-    """x, weight and residual with rows so far apart that an offset in int32 would wrap, forward and backward."""
+    """x, weight and residual with rows so far apart that an int32 offset would wrap, forward and backward."""
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
     rows = 2**31 // stride + 3
@@ -163,9 +163,9 @@ def test_empty(path: torch.device) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_invariant(path: torch.device, dtype: torch.dtype, threads: int, request: pytest.FixtureRequest) -> None:
-    """A row has the same bits alone and among any others: what the engine's promise rests on.
+    """A row has the same bits alone and among any others, which the engine's promise rests on.
 
-    On a CPU this is a property of the installed PyTorch, whatever its number of threads, and of our GELU.
+    On a CPU this is a property of the installed PyTorch, with any number of threads, and of our GELU.
     """
     on_kernel = ops.path_of("linear", path.type).startswith("Triton")
     if on_kernel and threads > 1:
@@ -209,7 +209,7 @@ def test_gradients_are_batch_invariant_too(path: torch.device) -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_slope_of_gelu_is_batch_invariant(path: torch.device, activation: str) -> None:
-    """aten.gelu_backward on a CPU rounds differently at the end of a thread's share: 67 x 501 elements have a last."""
+    """aten.gelu_backward on a CPU rounds differently at the end of a thread's share, which 67 x 501 elements have."""
     grad, pre = torch.randn(67, 501, device=path), torch.randn(67, 501, device=path)
     together = gemm._gelu_backward(grad, pre, activation, True)
     for size in (1, 2, 11, 33):
@@ -218,7 +218,7 @@ def test_slope_of_gelu_is_batch_invariant(path: torch.device, activation: str) -
 
 
 def test_a_gradient_does_not_change_the_result(path: torch.device) -> None:
-    """Training writes the input of the GELU too; what generation computes has the same bits."""
+    """Training also writes the GELU's input; generation computes the same bits."""
     x, w1, b1, _ = inputs(path, torch.bfloat16, 10, 48, 96)
     _, w2, b2, residual = inputs(path, torch.bfloat16, 10, 96, 48)
     plain = ops.linear(x, w1, b1, activation="gelu_tanh"), ops.gelu_mlp(x, w1, b1, w2, b2, residual=residual)
@@ -228,7 +228,7 @@ def test_a_gradient_does_not_change_the_result(path: torch.device) -> None:
 
 
 def test_programs_walk_over_tiles(path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Hopper a few programs serve all tiles; the bits are those of a program for each."""
+    """On Hopper a few persistent programs compute all tiles, with the same bits as one program per tile."""
     x, weight, bias, residual = inputs(path, torch.float32, 200, 40, 150)
     arguments = {"activation": "gelu", "residual": residual}
     expected = ops.linear(x, weight, bias, **arguments)
@@ -280,7 +280,7 @@ def test_gradients(path: torch.device, dtype: torch.dtype, activation: str | Non
 def test_whoever_serves_nothing_is_left_out(
     path: torch.device, dtype: torch.dtype, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Either entry of the table gives the activation, the residual and GELU'; with batch_invariant it is not asked."""
+    """Either entry of FASTER gives the activation, the residual and GELU'; batch_invariant bypasses the table."""
     monkeypatch.setattr(gemm, "FASTER", dict.fromkeys(gemm.FASTER, server))
     launches: list[int] = []
     launched = gemm._product
@@ -328,7 +328,7 @@ def test_plain_product_without_batch_invariance(path: torch.device) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_rows_without_batch_invariance(path: torch.device, dtype: torch.dtype, transposed: bool) -> None:
-    """From 128 rows on PyTorch may serve on a CPU; the residual is added to its result, and is left as it was."""
+    """From 128 rows on, PyTorch may compute this on a CPU; the residual is added to its result and stays unchanged."""
     x, weight, bias, residual = inputs(path, dtype, 130, 24, 40)
     weight = weight.T.contiguous().T if transposed else weight
     x, residual = x.view(2, 65, 24), residual.view(2, 65, 40)
@@ -386,7 +386,7 @@ def test_decode(path: torch.device, shape: tuple[int, int, int], dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decode_is_batch_invariant(path: torch.device, dtype: torch.dtype) -> None:
-    """Through the parts of several splits, and twice: whoever comes last leaves the tickets as they were."""
+    """Over several splits, and twice: the last program leaves the tickets as they were."""
     if not ops.path_of("linear", path.type).startswith("Triton"):
         pytest.skip("decode is a kernel of its own on a GPU alone")
     x, w1, b1, _ = inputs(path, dtype, 130, 384, 136)
@@ -400,7 +400,7 @@ def test_decode_is_batch_invariant(path: torch.device, dtype: torch.dtype) -> No
 
 
 def test_decode_gives_its_tickets_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One buffer serves launch after launch, of any shape; scratch that nobody wrote is not read."""
+    """One buffer serves launch after launch, of any shape; unwritten scratch is not read."""
     if not ops.path_of("linear", "cpu").startswith("Triton"):
         pytest.skip("counts programs of the interpreter")
     tickets = torch.zeros(100, dtype=torch.int32)
@@ -444,7 +444,7 @@ def test_decode_of_nothing_and_of_gradients(path: torch.device) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_of_weights_lie_as_the_weights_do(path: torch.device, transposed: bool) -> None:
-    """Autograd copies what lies in any other order into .grad: element by element, twenty times the product's time."""
+    """Autograd copies any other layout into .grad element by element, which takes twenty times the product's time."""
     x, w1, b1, _ = inputs(path, torch.float32, 4, 16, 24)
     _, w2, b2, _ = inputs(path, torch.float32, 4, 24, 16)
     weights = [(w.T.contiguous().T if transposed else w).requires_grad_() for w in (w1, w2)]

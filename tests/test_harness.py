@@ -51,7 +51,7 @@ def harness() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 64 positions, with its tokenizer in the format that transformers reads as well."""
+    """A model of 64 positions, with its tokenizer in a format that transformers also reads."""
     path = random_checkpoint(tmp_path_factory.mktemp("harness") / "model", tiny_config(), tokenizer=True)
     from gpt2 import load_tokenizer
 
@@ -75,7 +75,7 @@ def ours(harness: Any, folder: Path, production: torch.device) -> Any:
 
 @pytest.fixture
 def theirs(harness: Any, folder: Path) -> Any:
-    """The harness's own model, over transformers' own GPT-2."""
+    """The harness's own model class, with transformers' own GPT-2."""
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
 
@@ -103,10 +103,10 @@ PAIRS = [
 
 
 def test_log_likelihoods_are_those_of_float64_and_of_the_harness(ours: Any, theirs: Any, folder: Path) -> None:
-    """1e-5 of a sum of float32 log-probabilities, which round to about 1e-6 of it."""
+    """To 1e-5 of a sum of float32 log-probabilities, whose rounding costs about 1e-6."""
     pairs = [*PAIRS]
     truth = ReferenceGPT2.from_pretrained(folder, device="cpu", dtype=torch.float64)
-    for text in ("the fox", *string.ascii_lowercase):  # until what a greedy model writes becomes the same tokens again
+    for text in ("the fox", *string.ascii_lowercase):  # until the greedy text encodes to the same tokens again
         context = ours.tok_encode(text)
         written = truth.generate(context, 1)
         if ours.tok_encode(text + ours.encoding.decode(written)) == context + written:
@@ -135,7 +135,7 @@ def test_rolling_windows_are_those_of_the_harness(ours: Any, theirs: Any) -> Non
     assert len(ours.tok_encode(TEXT * 5)) > 128 and found[3] == 0
 
 
-# No stop string; one string, which is not reached; a list of them, one reached; a context too long for the positions.
+# No stop string; one string, not reached; a list of strings, one reached; a context too long for the positions.
 GENERATED = [
     ("the bear", {"max_gen_toks": 12}),
     ("the fox", {"until": "e", "max_gen_toks": 30, "do_sample": False}),
@@ -182,7 +182,7 @@ def test_sampling_is_asked_for_and_seeded_by_torch(harness: Any) -> None:
     draw = functools.partial(harness.sampling_params, n_positions=64)
     assert draw({"top_p": 0.5}) == SamplingParams(max_tokens=32, temperature=0, seed=0)  # half of the positions
     assert harness.sampling_params({}, 1024).max_tokens == 256
-    assert draw({"until": ["a", ""]}).stop == ("a",)  # as the harness ignores it where it cuts a text
+    assert draw({"until": ["a", ""]}).stop == ("a",)  # the harness ignores it too where it cuts a text
     assert draw({"do_sample": False, "temperature": 0.7}).temperature == 0
     torch.manual_seed(1)
     first, second = draw({"do_sample": True}), draw({"temperature": 0.5, "top_k": 3})
@@ -223,7 +223,7 @@ def test_arguments_of_the_model_are_checked(harness: Any, folder: Path) -> None:
 
 
 def test_the_command_line_runs_a_task(harness: Any, folder: Path, tmp_path: Path) -> None:
-    """A task of one's own, from a file: what the harness reports is what the model's methods say."""
+    """A custom task, from a file: the harness reports what the model's methods return."""
     (tmp_path / "data.jsonl").write_text(
         "".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in (("the bear", "asked"), ("a fox", "sings")))
     )

@@ -38,7 +38,7 @@ def test_quantize_is_within_half_a_step() -> None:
 
 
 def test_quantize_compiles_whole() -> None:
-    """That the weight is finite is asserted in the graph, which a branch on it would have broken."""
+    """Whether the weight is finite is asserted in the graph; a branch on it would break the graph."""
     torch._dynamo.reset()
     compiled = torch.compile(ops.quantize, fullgraph=True, backend="aot_eager")
     weight = torch.randn(6, 5)
@@ -55,14 +55,14 @@ def test_equals_the_reference(cpu: str, dtype: torch.dtype, M: int, K: int, N: i
     x, weight, scale, bias, residual = inputs(M, K, N, dtype)
     ours = ops.linear_int8(x, weight, scale, bias, activation=activation, residual=residual)
     expected = reference.linear_int8(x, weight, scale, bias, activation=activation, residual=residual)
-    # bits may differ where float32 epilogues round apart, and bfloat16 by one rounding of that
+    # bits may differ where float32 epilogues round differently, and bfloat16 by one rounding of that
     relative, absolute = (1e-5, 1e-5) if dtype == torch.float32 else (2**-7, 1e-2)
     torch.testing.assert_close(ours, expected, rtol=relative, atol=absolute)
     assert ours.dtype == dtype
 
 
 def test_error_stays_within_the_bound_of_rounding(cpu: str) -> None:
-    """The bound in the docstring of gpt2_kernels.int8, row by column, against float64."""
+    """The bound in the docstring of gpt2_kernels.int8, for each element, against float64."""
     x, w = torch.randn(9, 300), torch.randn(40, 300)
     weight, scale = ops.quantize(w)
     error = (ops.linear_int8(x, weight, scale).double() - x.double() @ w.double().T).abs()
@@ -75,7 +75,7 @@ def test_error_stays_within_the_bound_of_rounding(cpu: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_have_the_same_bits_in_any_company(cpu: str, dtype: torch.dtype) -> None:
     x, weight, scale, bias, residual = inputs(70, 300, 90, dtype)
-    activation = "gelu_tanh" if cpu == "native" else None  # PyTorch's GELU rounds by place; the extension's does not
+    activation = "gelu_tanh" if cpu == "native" else None  # PyTorch's GELU rounds by position; the extension's does not
     whole = ops.linear_int8(x, weight, scale, bias, activation=activation, residual=residual)
     for first, last in [(0, 1), (69, 70), (3, 5), (7, 10), (1, 66)]:
         rows = slice(first, last)

@@ -16,7 +16,7 @@ import gpt2_kernels
 transformers = pytest.importorskip("transformers")
 
 gpt2_kernels.integrations.transformers.register()
-gpt2_kernels.integrations.transformers.register()  # twice is once
+gpt2_kernels.integrations.transformers.register()  # registering twice is harmless
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
@@ -89,7 +89,7 @@ def test_logits_hidden_states_loss_and_gradients(path: torch.device, name: str, 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", MODELS)
 def test_generation_with_a_cache(production: torch.device, name: str, cache: str) -> None:
-    """Left-padded prompts of different lengths, longer than the window; the caches of transformers."""
+    """Left-padded prompts of different lengths, longer than the window; with transformers' caches."""
     ours, theirs = pair(name, production)
     tokens = torch.randint(1, 60, (3, 9), device=production)
     for mask in (padding_mask("left", 3, 9, production), torch.ones_like(tokens)):
@@ -117,7 +117,7 @@ def test_a_chunk_over_a_cache(path: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["llama, grouped", "mistral, window"])
 def test_packed_sequences(path: torch.device, name: str) -> None:
-    """Positions that start anew: each sequence of a row by itself, as without padding in training."""
+    """Positions that restart: each sequence of a row attends to itself alone, as in padding-free training."""
     ours, theirs = pair(name, path)
     tokens = torch.randint(1, 60, (2, 12), device=path)
     positions = torch.tensor([[*range(5), *range(7)], [*range(1), *range(11)]], device=path)
@@ -129,7 +129,7 @@ def test_packed_sequences(path: torch.device, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama, grouped", "mistral, window"])
 def test_compiles_whole(production: torch.device, name: str) -> None:
-    """With a cache; without one, where transformers has to assume packed sequences; padded."""
+    """With a cache; without one, where transformers must assume packed sequences; padded."""
     ours, _ = pair(name, production)
     ours.model.layers = ours.model.layers[:1]
     tokens = torch.randint(1, 60, (3, 11), device=production)
@@ -143,7 +143,7 @@ def test_compiles_whole(production: torch.device, name: str) -> None:
 
 
 def test_an_encoder_looks_both_ways(path: torch.device) -> None:
-    """BERT, padded on the right: rows of padding see the tokens too, as they do in transformers."""
+    """BERT, padded on the right: padding rows see the tokens too, as they do in transformers."""
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
     )
@@ -173,7 +173,7 @@ def test_cross_attention(path: torch.device) -> None:
 
 @pytest.mark.parametrize("width", [12, 40], ids=["narrower", "wider"])
 def test_values_of_another_width_than_keys(path: torch.device, width: int) -> None:
-    """DeepSeek-V3's latent attention, 24 wide in queries and keys; it was refused."""
+    """DeepSeek-V3's latent attention, 24 wide in queries and keys; it used to be refused."""
     config = transformers.DeepseekV3Config(
         **{**COMMON, "num_key_value_heads": 4}, first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=16,
         qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=width,
@@ -252,7 +252,7 @@ def test_what_is_not_computed_raises_and_names_the_alternative(production: torch
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
-    gapped = ours(tokens, attention_mask=gap).logits  # without a window a gap is a token less
+    gapped = ours(tokens, attention_mask=gap).logits  # without a window a gap is one token fewer
     kept = gap.bool()
     torch.testing.assert_close(gapped[kept], theirs(tokens, attention_mask=gap).logits[kept], **TOLERANCE)
 
@@ -271,7 +271,7 @@ def test_float64_is_refused(production: torch.device) -> None:
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.3.0"])
 def test_an_older_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By `register`; `apply` leaves the modules of transformers, says why, and takes all others."""
+    """By `register`; `apply` leaves transformers' modules, says why, and takes all others."""
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     monkeypatch.delitem(sys.modules, "gpt2_kernels.integrations.transformers", raising=False)
     monkeypatch.delattr(gpt2_kernels.integrations, "transformers", raising=False)
@@ -286,7 +286,7 @@ def test_an_older_transformers_is_refused(version: str, monkeypatch: pytest.Monk
 
 
 def test_a_transformers_that_numbers_no_positions_anew() -> None:
-    """Versions up to 5.22 at least have no such function; without our module `apply` fails on every model."""
+    """Versions up to at least 5.22 lack the function; without our module, `apply` would fail on every model."""
     code = (
         "from transformers import masking_utils as m; vars(m).pop('remap_positions_for_packed_sequence', None); "
         "import sys; sys.path[:0] = ['kernels']; import gpt2_kernels; gpt2_kernels.integrations.transformers.register()"

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 interpreter.install()
 
-# Every kind of float32: zeros, a subnormal, ties, the borders of float8 and float16, infinities, NaN.
+# Every kind of float32: zeros, a subnormal, ties, the limits of float8 and float16, infinities, NaN.
 SPECIAL = [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 448.0, 449.0, 6e4, 7e4, 1e-40, 3.4e38, math.inf, -math.inf, math.nan]
 
 
@@ -80,7 +80,7 @@ def test_float32_is_rounded_to_16_bits_as_torch_rounds(dtype, rounding):
         copy_kernel[(1,)](x, y, 4096)
     else:
         cast_kernel[(1,)](x, y, 4096, rounding)
-    assert torch.equal(y.isnan(), x.isnan())  # a NaN's sign and payload are nobody's promise
+    assert torch.equal(y.isnan(), x.isnan())  # nobody promises a NaN's sign and payload
     number = ~x.isnan()
     assert_same_bits(y[number], x[number].to(dtype))
 
@@ -276,7 +276,7 @@ def count_kernel(y_ptr, n):
 
 
 def test_range_up_to_a_run_time_argument():
-    """Fails in triton 3.6 with numpy 2.4 without the repair; 3.7 repaired it itself."""
+    """Without the repair it fails in triton 3.6 with numpy 2.4; triton 3.7 fixed it."""
     y = torch.zeros(1, dtype=torch.int32)
     count_kernel[(1,)](y, 5)
     assert y.item() == 10
@@ -298,7 +298,7 @@ def repeated_call_kernel(y_ptr, n):
 def test_device_calls_patch_the_language_once_per_launch_and_leave_it_as_it_was():
     language_before = tl.load, tl.sum, tl.range
     y, patches = torch.empty(4), []
-    repeated_call_kernel[(1,)](y, 1)  # the first launch of all also adds names to the modules of the functions
+    repeated_call_kernel[(1,)](y, 1)  # the very first launch also adds names to the functions' modules
     for calls in (1, 20):
         with mock.patch.object(stock, "_patch_lang_core", wraps=stock._patch_lang_core) as patch:
             repeated_call_kernel[(2,)](y, calls)
@@ -350,7 +350,7 @@ COMBINE_CALLS: list[int] = []
 
 @triton.jit
 def affine(a0, b0, a1, b1):
-    """Composition of x -> a x + b, which does not commute."""
+    """Composes maps x -> a x + b, which do not commute."""
     COMBINE_CALLS.append(1)
     return a0 * a1, a1 * b0 + b1
 
@@ -461,7 +461,7 @@ def test_masked_lanes_may_point_anywhere():
 
 
 def test_an_overrun_cannot_land_in_a_neighbour():
-    """Both are parts of one allocation made by hand, where the stock interpreter sees nothing wrong."""
+    """Both are parts of one hand-made allocation, where the stock interpreter sees nothing wrong."""
     memory = bytearray(256)
     x = torch.frombuffer(memory, dtype=torch.float32, count=16)
     y = torch.frombuffer(memory, dtype=torch.float32, count=16, offset=64)
@@ -481,7 +481,7 @@ def test_hole_of_a_strided_view():
 
 
 def test_interleaved_views_of_one_storage_are_not_holes_of_each_other():
-    """q, k and v of a fused projection, and a result that is written into the same rows."""
+    """q, k and v of a fused projection, and a result written into the same rows."""
     fused = torch.arange(12.0).reshape(2, 6)
     q, k = fused[:, :2], fused[:, 2:4]
     with sanitize() as watch:
@@ -579,7 +579,7 @@ def test_a_program_that_stores_what_another_loaded():
 def last_adds_kernel(
     x_ptr, ticket_ptr, y_ptr, LAST: tl.constexpr, BARRIER: tl.constexpr, LATE: tl.constexpr, SEM: tl.constexpr
 ):
-    """Each program stores an element of x; the one with ticket LAST adds them all up and takes the tickets back."""
+    """Each program stores an element of x; the one with ticket LAST adds them all up and resets the tickets."""
     program = tl.program_id(0)
     if not LATE:
         tl.store(x_ptr + program, program + 1.0)
@@ -617,7 +617,7 @@ def test_the_last_program_adds_up_what_the_others_stored() -> None:
     ids=str,
 )
 def test_a_last_program_that_knows_too_little(change: dict, message: str) -> None:
-    """An atomic that does not order, one that the stores do not come before, and one that is not the last."""
+    """An atomic that does not order, one that does not come after the stores, and one that is not the last."""
     x, ticket, y = torch.zeros(4), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     options = {"LAST": 3, "BARRIER": True, "LATE": False, "SEM": "acq_rel"} | change
     with sanitize(), pytest.raises(MemoryFault, match=f"race: ({message})"):
@@ -778,7 +778,7 @@ ROW_STRIDE = tl.constexpr(ROW)
 
 
 def test_a_lazily_committed_buffer_of_any_size():
-    """Neither copied nor tracked by its span, and yet a wrapped 32-bit offset and a hole are found."""
+    """Neither copied nor tracked over its span, yet a wrapped 32-bit offset and a hole are found."""
     x = torch.empty(2 * ROW + 16, dtype=torch.int8).as_strided((3, 16), (ROW, 1))
     x.zero_()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

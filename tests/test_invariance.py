@@ -1,6 +1,6 @@
 """A request's tokens and logits are a function of (weights, prompt, parameters) alone, whatever else the engine does.
 
-Every schedule is compared, bit for bit, with the request run alone in an engine that shares, cuts and preempts nothing.
+Every schedule is compared, bit for bit, with the request run alone in an engine without sharing, chunks or preemption.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpt2_kernels import _overlap
 POSITIONS = 48
 VOCABULARY = 90
 
-SHARED = list(range(20))  # a beginning that many prompts have
+SHARED = list(range(20))  # a prefix that many prompts share
 PROMPTS = [
     [7],
     [3, 1, 4],
@@ -50,7 +50,7 @@ PARAMS = [
 ]
 
 
-# A seed for each pair, so that seed and position tell whose logits a row is.
+# One seed per pair, so that seed and position identify a row of logits.
 JOBS = [
     (prompt, dataclasses.replace(params, seed=100 * i + k))
     for i, prompt in enumerate(PROMPTS)
@@ -70,7 +70,7 @@ def model(request: pytest.FixtureRequest, folder: Path) -> GPT2:
 
 
 class Logits:
-    """Records the row of logits behind every token, by the seed and the position that identify it."""
+    """Records the row of logits behind every token, by the seed and position that identify it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: dict[tuple[int, int], torch.Tensor] = {}
@@ -78,7 +78,7 @@ class Logits:
 
         def draw(rows: decode.Rows, logits: torch.Tensor, top: int) -> Any:
             if logits.is_cuda and torch.cuda.is_current_stream_capturing():
-                return real(rows, logits, top)  # nothing can be read, and replays do not come here
+                return real(rows, logits, top)  # during capture nothing can be read, and replays do not come here
             active = (rows.contexts > 0).tolist()
             keys = zip(rows.ints[decode.SEED].tolist(), rows.ints[decode.POSITION].tolist(), active)
             for i, (seed, position, is_active) in enumerate(keys):
@@ -122,7 +122,7 @@ def alone(model: GPT2, recorder: Logits) -> Alone:
 
 
 class ReplayedDecoder(decode.Decoder):
-    """Steps as CUDA graphs do, on any device: padded sizes of batch, a step of idle rows before the first replay."""
+    """Steps as CUDA graphs do, on any device: padded batch sizes, a step of idle rows before the first replay."""
 
     def _capture(self, *key: Any) -> Any:
         self._step(*key)
@@ -130,7 +130,7 @@ class ReplayedDecoder(decode.Decoder):
 
 
 def build(model: GPT2, **options: Any) -> Engine:
-    """An engine, of which a CPU's works in several steps, ahead of its results and as with graphs, as a GPU's does."""
+    """An engine that, even on a CPU, plans several steps, works ahead of results and replays graphs, as on a GPU."""
     steps, most_unread, prefill_tokens = options.pop("ahead", (1, 0, 2048))
     replayed = options.pop("replayed", False)
     engine = Engine(model, cuda_graphs=False, **options)
@@ -200,7 +200,7 @@ def test_preemption_is_forced_and_changes_nothing(production: torch.device, mode
 
 
 def test_padded_batches_write_nothing(production: torch.device, model: GPT2, alone: Alone) -> None:
-    """Rows past the texts of a replayed step are idle, though texts that stopped or moved left their slots there."""
+    """Rows past a replayed step's sequences are idle, though stopped or moved sequences left their slots there."""
     params = [
         SamplingParams(max_tokens=20, seed=i, top_k=0, stop_token_ids=tuple(range(i % 7, VOCABULARY, 5)))
         for i in range(24)
@@ -215,7 +215,7 @@ def test_padded_batches_write_nothing(production: torch.device, model: GPT2, alo
 
 
 def test_all_at_once_on_the_production_path(production: torch.device, model: GPT2, alone: Alone) -> None:
-    """CUDA graphs included where there is a GPU."""
+    """With CUDA graphs where there is a GPU."""
     engine = Engine(model, num_blocks=64, block_size=8)
     found = engine.generate([p for p, _ in JOBS], [q for _, q in JOBS])
     for completion, job in zip(found, JOBS):
@@ -223,7 +223,7 @@ def test_all_at_once_on_the_production_path(production: torch.device, model: GPT
 
 
 def test_kernels_that_start_before_the_last_ends(model: GPT2) -> None:
-    """Programmatic dependent launch, in graphs and out of them, gives what kernels in turn give."""
+    """Programmatic dependent launch, in graphs and outside them, gives what serialized kernels give."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     found = []

@@ -12,7 +12,7 @@ import gpt2_kernels as ops
 
 
 def empty_cache(device: torch.device, dtype: torch.dtype, blocks: int, size: int, H: int, D: int) -> Tensor:
-    """As the engine lays it out: a head's rows of a block side by side in memory."""
+    """As the engine lays it out: a head's rows in a block are adjacent in memory."""
     return torch.full((blocks, H, size, D), 7.0, dtype=dtype, device=device).transpose(1, 2)
 
 
@@ -37,7 +37,7 @@ def test_writes_the_slots_and_nothing_else(path: torch.device, size: int, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_float8(path: torch.device, dtype: torch.dtype) -> None:
-    """x / scale rounds to the nearest float8, to even where two are as near; at +-448 it ends; NaN stays NaN."""
+    """x / scale rounds to the nearest float8, ties to even; it saturates at +-448; NaN stays NaN."""
     scale = torch.tensor([1.0, 0.125, 3.0], device=path)
     edges = [
         0.0,

@@ -1,6 +1,6 @@
 """_launch.launch and benchmarks.host_time, in a child process that does not interpret (launch_child.py).
 
-There Triton compiles for sm_90 and launches through its own launcher into a CUDA driver that does nothing.
+There Triton compiles for sm_90 and launches, through its own launcher, into a CUDA driver that does nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def output() -> dict:
 
 
 def test_every_launch_runs_the_variant_that_triton_would_choose(output: dict) -> None:
-    """dtypes, alignment, None, integers at every border that Triton specializes on, options, in a mixed order."""
+    """dtypes, alignment, None, integers on each side of what Triton specializes on, options, in a mixed order."""
     assert output["different"] == []
     assert output["direct"] > output["calls"] // 3  # the others are unaligned, too wide, or seen for the first time
 

@@ -146,7 +146,7 @@ def check_gradients(leaves: tuple, dy: Tensor, dtotal: Tensor | None) -> None:
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("add", [True, False], ids=["add", "alone"])
 def test_gradients(path: torch.device, add: bool, dtype: torch.dtype, with_bias: bool) -> None:
-    x, weight, bias = inputs(path, dtype, 7, 96)  # two programs, the second with a row less
+    x, weight, bias = inputs(path, dtype, 7, 96)  # two programs, the second with one row fewer
     residual, dtotal = (torch.randn_like(x), torch.randn_like(x)) if add else (None, None)
     check_gradients((x, residual, weight, bias if with_bias else None), torch.randn_like(x), dtotal)
 
@@ -154,9 +154,9 @@ def test_gradients(path: torch.device, add: bool, dtype: torch.dtype, with_bias:
 @pytest.mark.parametrize(
     ("R", "C"),
     [
-        (1, 1),  # variance 0: no gradient reaches x; float32, or the zeros that PyTorch finds leave no tolerance
+        (1, 1),  # variance 0: no gradient reaches x; float32 only, since PyTorch's exact zeros leave no tolerance
         (1, 768),  # GPT-2, one row: a single partial sum
-        (5, 769),  # one past it, one row in the second program
+        (5, 769),  # one past it; one row in the second program
         (3, 1600),  # GPT-2 XL: several warps to a row
         (2, 4097),  # one past a row of the launch table
     ],
@@ -286,7 +286,7 @@ def test_gradients_have_the_same_bits_twice_and_alone(path: torch.device) -> Non
 @pytest.mark.skipif(not _native.load(), reason=_native.status())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_cpu_pytorch_computes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its way is right too, and slower: only this tells that it is not taken."""
+    """PyTorch's path is also right, only slower: no other test shows that it is not taken."""
     monkeypatch.delattr(layernorm, "reference")
     x, weight, bias = inputs(torch.device("cpu"), dtype, 5, 48)
     leaves = [t.requires_grad_() for t in (x, torch.randn_like(x), weight, bias)]
@@ -297,7 +297,7 @@ def test_on_a_cpu_pytorch_computes_nothing(dtype: torch.dtype, monkeypatch: pyte
 
 
 def test_offsets_beyond_two_to_the_31(path: torch.device) -> None:
-    """Rows 2^29 elements apart: of this storage only the rows themselves are ever touched."""
+    """Rows 2^29 elements apart: of this storage, only the rows themselves are ever touched."""
     R, C, stride = 6, 32, 2**29
     try:
         storage = torch.empty(R * stride, dtype=torch.float16, device=path)
@@ -396,7 +396,7 @@ def test_compile_with_one_tensor_for_several(path: torch.device) -> None:
 @pytest.mark.parametrize("used", ["both", "y", "stream"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_prenorm(path: torch.device, dtype: torch.dtype, used: str) -> None:
-    """The stream is x itself, and the kernel adds its gradient: nothing else does."""
+    """The stream is x itself, and only the kernel adds its gradient."""
     leaves = [t.requires_grad_() for t in inputs(path, dtype, 5, 100)]
     exact, grads = wide(*leaves), [torch.randn(5, 100, device=path).to(dtype) for _ in range(2)]
     chosen = {"both": slice(None), "y": slice(1), "stream": slice(1, None)}[used]
@@ -420,7 +420,7 @@ def test_prenorm(path: torch.device, dtype: torch.dtype, used: str) -> None:
 
 
 def test_prenorm_of_what_needs_no_gradient(path: torch.device) -> None:
-    """Frozen embeddings below, weights that learn: the stream still has none."""
+    """Frozen embeddings below, trainable weights: the stream still needs no gradient."""
     x, weight, bias = inputs(path, torch.float32, 5, 100)
     y, stream = ops.layer_norm(x, weight.requires_grad_(), bias, prenorm=True)
     assert stream is x

@@ -36,7 +36,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path, production: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_operator_on_its_kernel(path: torch.device, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The model through the Triton kernels (in the interpreter where there is no GPU) and through the CPU path."""
+    """The model on the Triton kernels (interpreted where there is no GPU) and on the CPU path."""
     config = tiny_config(n_embd=32, n_head=2, n_layer=2, vocab_size=300, n_positions=64, eos_token_id=299)
     random_checkpoint(tmp_path, config)
     model = GPT2.from_pretrained(tmp_path, device=path, dtype=dtype)
@@ -121,7 +121,7 @@ def test_save_and_load(tmp_path: Path, production: torch.device) -> None:
 
 
 def test_int8(tmp_path: Path) -> None:
-    """Logits within what rounding both factors of every product costs; names, state, and what is refused."""
+    """Logits within the error of rounding both factors of every product; names, state, and what is refused."""
     config = tiny_config(n_embd=64, n_layer=3)
     random_checkpoint(tmp_path, config)
     with _runtime.force("native" if _native.load() else "torch"):
@@ -154,7 +154,7 @@ def test_int8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_greedy_tokens_do_not_depend_on_the_batch(tmp_path: Path, dtype: torch.dtype) -> None:
-    """On a CPU, for every dtype that it generates in; 1, 2, 3, 5 and 9 rows take other tiles of the products."""
+    """On a CPU, for every dtype that it generates in; 1, 2, 3, 5 and 9 rows take different tiles of the products."""
     if not _native.load():
         pytest.skip(_native.status())
     torch.set_num_threads(2)

@@ -52,7 +52,7 @@ class PlainAttention(nn.Module):
 
 Pair = Callable[[], tuple[nn.Module, nn.Module]]  # ours and the plain one
 
-PAIRS: dict[str, tuple[Pair, int]] = {  # and the width
+PAIRS: dict[str, tuple[Pair, int]] = {  # the int is the width
     "LayerNorm": (lambda: (LayerNorm(48), nn.LayerNorm(48)), 48),
     "LayerNorm, no bias, eps": (lambda: (LayerNorm([33], 0.1, bias=False), nn.LayerNorm([33], 0.1, bias=False)), 33),
     "LayerNorm, no weights": (lambda: (LayerNorm(40, 1e-3, False), nn.LayerNorm(40, 1e-3, False)), 40),
@@ -72,7 +72,7 @@ WITH_RESIDUAL = [name for name in PAIRS if not name.startswith("LayerNorm")]
 
 
 def pair(device: torch.device, dtype: torch.dtype, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Ours, PyTorch's in the same dtype, and PyTorch's in float64: with the same random weights, never 1 and 0."""
+    """Ours, PyTorch's in the same dtype, and PyTorch's in float64, with the same random weights, none 1 or 0."""
     ours, theirs = PAIRS[name][0]()
     for p in theirs.parameters():
         nn.init.normal_(p, 0.5 if p.dim() == 1 else 0.0, 0.3)
@@ -88,7 +88,7 @@ def test_forward_and_gradients(path: torch.device, name: str, dtype: torch.dtype
     ours, theirs, exact = pair(path, dtype, name)
     x = torch.randn(2, 11, PAIRS[name][1], device=path).to(dtype)
     results = []
-    grad = torch.randn(2, 11, 1, device=path).to(dtype).expand(x.shape)  # stride 0, as sums give
+    grad = torch.randn(2, 11, 1, device=path).to(dtype).expand(x.shape)  # stride 0, as the gradient of a sum has
     for module in (ours, theirs, exact):
         double = module is exact
         leaf = (x.double() if double else x.clone()).requires_grad_()
@@ -118,7 +118,7 @@ def test_residual(path: torch.device, name: str) -> None:
 def test_a_residual_stream_stays_float32_under_autocast(path: torch.device, name: str) -> None:
     ours, theirs, exact = pair(path, torch.float32, name)
     x, residual = torch.randn(2, 2, 11, PAIRS[name][1], device=path)
-    residual = residual * 100  # whose rounding would show
+    residual = residual * 100  # so that rounding it would show
     with torch.autocast(path.type, torch.bfloat16):
         assert ours(x).dtype == torch.bfloat16
         y, other = ours(x, residual), theirs(x, residual)
@@ -134,7 +134,7 @@ def test_compile(path: torch.device, name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: ours(x.sin()).square().sum(), fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(x), leaves), expected):
-        # on a CPU the traced backward hands PyTorch's matrix products other strides, and they add in another order
+        # on a CPU the traced backward gives PyTorch's matrix products other strides, so they add in another order
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
 
@@ -185,7 +185,7 @@ def test_batch_invariance_reaches_every_product(
 
 
 def test_they_pass_for_torchs_own() -> None:
-    """What looks for layer norms by type (weight decay groups, precision wrappers) finds ours."""
+    """Code that looks for layer norms by type (weight decay groups, precision wrappers) finds ours."""
     norm = LayerNorm(8, 1e-6)
     assert isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (8,)
     assert repr(norm) == "LayerNorm((8,), eps=1e-06, elementwise_affine=True)" or "eps=1e-06" in repr(norm)
@@ -273,7 +273,7 @@ def test_bad_arguments(path: torch.device) -> None:
 
 
 def test_hooks_run_once_beside_a_float32_stream() -> None:
-    """The residual that autocast must not round is added apart: within the same call of the module."""
+    """The residual, which autocast must not round, is added separately, but within the same call of the module."""
     calls: list[int] = []
     mlp = modules.GeluMLP(16, 32)
     mlp.register_forward_hook(lambda *_: calls.append(1))

@@ -1,4 +1,4 @@
-"""The compiled CPU operators: found, compiled at first use and kept, by whatever compiler there is."""
+"""The compiled CPU operators: found, compiled at first use and cached, with whatever compiler there is."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ assert _runtime.has_amx() == torch.cpu._is_amx_tile_supported()
 
 
 class Machine:
-    """Runs a fresh interpreter with a cache folder, temporary folder and compiler of its own, and logs the compiler."""
+    """Runs a fresh Python with its own cache folder, temporary folder and compiler, and logs compiler calls."""
 
     def __init__(self, root: Path, *, compiler: str = 'exec c++ "$@"'):
         self.cache, self.temporary, self.log = root / "cache", root / "tmp", root / "log"
@@ -106,7 +106,7 @@ def test_first_use_builds_once_and_repairs_a_damaged_file(tmp_path):
     assert machine.compilations() == built + 1
     (library,) = machine.libraries()
 
-    # where the cache cannot be written, a private folder among the temporary files serves
+    # if the cache cannot be written, a private folder among the temporary files is used
     private = machine.temporary / f"gpt2_kernels-{os.getuid()}"
     private.mkdir(mode=0o700, exist_ok=True)
     shutil.copy(library, private)
@@ -135,10 +135,10 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
 @pytest.mark.skipif(not X86, reason="levels of x86's instructions")
 @pytest.mark.parametrize("level, refused", [(3, "amx"), (2, "amx avx512_dot")], ids=["amx", "products"])
 def test_a_compiler_that_is_too_old(tmp_path, level: int, refused: str) -> None:
-    """All that it can compile is there, and the status says what is not; also of the library that is found again."""
+    """All that it can compile is there, and the status says what is not, even when the library is found again."""
     old = tmp_path / "old.h"
-    old.write_text(f"#pragma GCC poison {refused}\n")  # an error where one of these namespaces is left in the source
-    machine = Machine(tmp_path, compiler=f'exec c++ "$@" -O0 -include {old}')  # -O0: in a third of the time
+    old.write_text(f"#pragma GCC poison {refused}\n")  # an error if one of these namespaces is left in the source
+    machine = Machine(tmp_path, compiler=f'exec c++ "$@" -O0 -include {old}')  # -O0 takes a third of the time
     for _ in range(2):
         status, mine, product = machine.run(OLD_COMPILER_CHILD).splitlines()
         assert status.startswith(f"True compiled ops loaded from {machine.cache}")
@@ -150,7 +150,7 @@ def test_a_compiler_that_is_too_old(tmp_path, level: int, refused: str) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in for a compiler is a shell script")
 def test_a_new_assembler_is_asked_again(tmp_path, monkeypatch):
-    """A library without AMX, made because of the old one, is not what is found then."""
+    """A library built without AMX, because the old assembler lacked it, is then not reused."""
     for version in "12":
         compiler, assembler = tmp_path / "cxx", tmp_path / "as"
         compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo C++ || echo {assembler}\n')
@@ -186,7 +186,7 @@ def test_disabled():
 def test_a_shared_temporary_folder_is_not_trusted(tmp_path, monkeypatch):
     """Somebody else could put a library there under our name."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification says to ignore it
     home, private = _native._cache_folders()
     assert home == Path.home() / ".cache" / "gpt2_kernels"
     assert private.parent == tmp_path and private.stat().st_mode & 0o777 == 0o700

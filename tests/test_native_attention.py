@@ -24,10 +24,10 @@ class Cache:
         shape = (num_blocks, heads, block_size, dim) if by_head else (num_blocks, block_size, heads, dim)
         self.k = torch.full(shape, math.nan, dtype=keys[0].dtype)
         self.v = torch.full(shape, math.nan, dtype=keys[0].dtype)
-        if by_head:  # as the engine keeps it
+        if by_head:  # the engine's layout
             self.k, self.v = self.k.transpose(1, 2), self.v.transpose(1, 2)
         free = torch.randperm(num_blocks).tolist()
-        self.table = torch.full((len(keys), max(1, *needed)), -1, dtype=torch.int32)  # -1: never to be looked at
+        self.table = torch.full((len(keys), max(1, *needed)), -1, dtype=torch.int32)  # -1: must never be read
         self.lengths = torch.tensor([len(k) for k in keys], dtype=torch.int32)
         for row, count, k, v in zip(self.table, needed, keys, values):
             row[:count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
@@ -138,7 +138,7 @@ def test_queries_without_keys_and_unused_rows_are_zero(ops, dtype):
     starts = torch.tensor([0, 3, 10, 10], dtype=torch.int32)
     q = torch.randn(12, 2, 16).to(dtype)
     for _ in range(2):
-        poison = torch.full_like(q, math.nan)  # so that memory handed out again is not zero by luck
+        poison = torch.full_like(q, math.nan)  # so that reused memory is not zero by luck
         del poison
         out = ops.paged_attention(q, cache.k, cache.v, cache.table, cache.lengths, starts, 0.25, 0)
         assert (out[:5] == 0).all() and (out[10:] == 0).all()
@@ -156,7 +156,7 @@ def test_any_strides_with_a_unit_last_one(ops):
     cache = Cache(keys, values, 16)
     table = torch.stack([cache.table, cache.table], -1)[..., 0]
     lengths, starts = torch.tensor([70, 0], dtype=torch.int32)[::2], torch.tensor([0, 9, 70], dtype=torch.int32)[::2]
-    wide = torch.stack([cache.k, cache.k], 3)[:, :, :, 0]  # another head stride than v's
+    wide = torch.stack([cache.k, cache.k], 3)[:, :, :, 0]  # a head stride that differs from v's
     assert torch.equal(rows, ops.paged_attention(q, wide, cache.v, table, lengths, starts, 0.25, 0))
     query = torch.randn(3, 16).expand(70, 3, 16)
     check(Cache(keys, values, 16).attend([query])[0], query, keys[0], values[0])
@@ -236,7 +236,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(ops, dtype):
 
 
 def example(dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float | int]:
-    """Arguments of paged_attention that are right: two sequences of 20 and 3 keys, 2 and 1 queries."""
+    """Valid arguments of paged_attention: two sequences of 20 and 3 keys, 2 and 1 queries."""
     return {
         "q": torch.randn(3, 4, 16).to(dtype),
         "k_cache": torch.randn(6, 8, 2, 16).to(dtype),

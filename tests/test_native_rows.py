@@ -33,9 +33,9 @@ def product_ops(ops, request) -> Iterator:
 PRODUCTS = [  # M, K, N
     (1, 768, 200),  # decode: sixteen columns at a time, the last ones fewer
     (2, 100, 65),  # eight at a time; K ends inside a register of every type
-    (3, 33, 7),  # a row is missing of four
+    (3, 33, 7),  # one row short of four
     (5, 3072, 64),
-    (17, 768, 96),  # a tile of AMX's and one row; a pair of tiles of columns and one
+    (17, 768, 96),  # an AMX tile and one row; a pair of column tiles and one
     (70, 769, 130),  # two blocks of rows and three of columns, none full
     (1, 1, 1),
     (0, 5, 3),
@@ -63,7 +63,7 @@ def test_linear_agrees_with_float64(product_ops, dtype, M, K, N):
         y, kept = product_ops.linear(x, weight, bias, residual, kind, True)
         assert relative_error(y, after + residual.double()) <= limit, name
         assert relative_error(kept, pre) <= limit, name
-    # rows further apart, with nothing between them that may be read
+    # rows further apart, with nothing readable between them
     apart, weights_apart = (torch.full((len(t), K + 37), math.nan, dtype=dtype)[:, :K] for t in (x, weight))
     apart.copy_(x), weights_apart.copy_(weight)
     y, kept = product_ops.linear(apart, weights_apart, None, None, 0, False)
@@ -86,7 +86,7 @@ def test_int8_products_are_exact(product_ops, dtype):
         assert relative_error(y, truth + bias.double() + residual.double()) <= limit, (M, K, N)
         spread = torch.full((N, K + 37), 127, dtype=torch.int8)[:, :K]  # rows further apart
         assert torch.equal(product_ops.linear_int8(x, spread.copy_(weight), scale, bias, residual, 0), y)
-    # the largest sums there are: none of them wraps or saturates
+    # the largest possible sums: none of them wraps or saturates
     for value in (-128, 127):
         x, weight = torch.ones(3, 65536, dtype=dtype), torch.full((20, 65536), value, dtype=torch.int8)
         y = product_ops.linear_int8(x, weight, torch.ones(20), None, None, 0)
@@ -95,7 +95,7 @@ def test_int8_products_are_exact(product_ops, dtype):
 
 @needs_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("K", [768, 101, 5000])  # of 5000 many rows are summed piece by piece, few at one go
+@pytest.mark.parametrize("K", [768, 101, 5000])  # with K = 5000, many rows are summed piece by piece, few in one go
 def test_rows_of_products_have_the_same_bits_in_any_company(product_ops, dtype, K):
     x, weight, bias, residual = product_inputs(70, K, 200, torch.bfloat16 if dtype == torch.int8 else dtype)
     scale = torch.rand(200)
@@ -117,7 +117,7 @@ def test_rows_of_products_have_the_same_bits_in_any_company(product_ops, dtype, 
 
 @needs_products
 def test_amx_is_used(ops):
-    """Its sums of bfloat16 are added in another order, so that some bits differ; those of int8 are exact."""
+    """It adds bfloat16 sums in another order, so that some bits differ; int8 sums are exact."""
     if ops.simd_level(ALL_INSTRUCTIONS) != ALL_INSTRUCTIONS:
         pytest.skip("the machine has no AMX")
     x, weight, bias, residual = product_inputs(64, 3072, 2000, torch.bfloat16)
@@ -164,7 +164,7 @@ NORM_WIDTHS = [
     1,  # variance 0
     7,  # less than a register
     768,  # GPT-2: whole registers
-    769,  # one past it: rows at odd addresses, a register of which one lane counts
+    769,  # one past it: rows at odd addresses, a register with one active lane
     1600,  # GPT-2 XL
     16384,  # the widest
 ]
@@ -197,7 +197,7 @@ def test_layer_norm_on_every_instruction_set(ops, dtype: torch.dtype, C: int, le
         y, total, statistics = ops.add_layer_norm(x, residual, weight, shift, 1e-5)
         assert torch.equal(total, x + residual)
         assert all(map(torch.equal, ops.layer_norm(total, weight, shift, 1e-5), (y, statistics)))
-    whole = x.contiguous()  # of any rank then
+    whole = x.contiguous()  # then of any rank
     assert torch.equal(
         ops.layer_norm(whole.view(3, 3, C), weight, bias, 1e-5)[0].view(9, C), ops.layer_norm(x, weight, bias, 1e-5)[0]
     )
@@ -207,7 +207,7 @@ def test_layer_norm_on_every_instruction_set(ops, dtype: torch.dtype, C: int, le
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("C", NORM_WIDTHS)
 def test_gradients_of_layer_norm_on_every_instruction_set(ops, dtype: torch.dtype, C: int, level: int) -> None:
-    """37 rows are three parts, the last one short."""
+    """37 rows make three parts, the last one short."""
     if ops.simd_level(level) != level:
         pytest.skip(f"this CPU has no level {level}")
     x, dtotal, weight, bias = norm_inputs(37, C, dtype)
@@ -242,7 +242,7 @@ def test_gradients_of_layer_norm_on_every_instruction_set(ops, dtype: torch.dtyp
 
 @pytest.mark.parametrize("R", [0, 1, 16, 17, 128 * 16, 128 * 16 + 1])
 def test_every_row_is_in_one_part(ops, R: int) -> None:
-    """Sums of ones are exact: a row that is missing, or there twice, shows. 128 parts of 16 rows, then longer ones."""
+    """Sums of ones are exact, so a missing or repeated row shows. 128 parts of 16 rows, then longer ones."""
     dy, x, statistics = torch.ones(R, 5), torch.full((R, 5), 3.0), torch.tensor([[1.0], [0.5]]).repeat(1, R)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -287,7 +287,7 @@ def test_layer_norm_refuses(ops) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tanh", [True, False], ids=["tanh", "erf"])
 def test_gelu(ops, dtype: torch.dtype, tanh: bool) -> None:
-    """Against float64, over the whole range; and each value by itself, so that no place in the tensor matters."""
+    """Against float64, over the whole range; and each value alone, to show that its position does not matter."""
     ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0, 3e4, -3e4, 1e20, -1e20, torch.inf])
     x = torch.cat([torch.linspace(-9, 9, 1003), torch.randn(40_000), ends]).to(dtype)
     y = x.clone()
@@ -322,7 +322,7 @@ def test_gelu_keeps_nan_and_refuses_what_it_cannot_do(ops) -> None:
 @pytest.mark.parametrize("level", range(ALL_INSTRUCTIONS + 1))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cross_entropy_on_every_instruction_set(ops, dtype: torch.dtype, level: int) -> None:
-    """Rows shorter than a register, with an end of one, and longer than four; a row's bits in any company."""
+    """Rows shorter than a register, ending inside one, and longer than four; a row's bits among any others."""
     if ops.simd_level(level) != level:
         pytest.skip(f"this CPU has no level {level}")
     for V in (1, 5, 16, 67, 1000):
@@ -361,7 +361,7 @@ def test_cross_entropy_refuses(ops) -> None:
 
 
 def test_sampling_on_every_instruction_set(ops):
-    """The same tokens from each of them, from one row alone and from any number of threads."""
+    """Each gives the same tokens, for a row alone and with any number of threads."""
     S, V = 9, 1003
     logits = torch.randn(S, V) * 3
     options = [

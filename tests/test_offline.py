@@ -1,9 +1,9 @@
 """Every kernel compiles for sm_80, sm_90 and sm_100 through the real host code, within limits, with no GPU.
 
 The interpreter accepts constructs that the compiler refuses, and knows nothing of registers: this is the other half of
-the proof. What a kernel compiles to is kept in benchmarks/results/compile_triton_*.txt. Compiling all of it takes
-minutes, so the proof has two steps: the snapshot is what today's kernels compile to (`--check`: the same input of the
-compiler, and a few cases compiled anew), and everything in the snapshot is as it must be.
+the proof. What kernels compile to is kept in benchmarks/results/compile_triton_*.txt. Compiling everything takes
+minutes, so the proof has two steps: the snapshot is what today's kernels compile to (`--check`: the compiler's input is
+the same, and a few cases are recompiled), and everything in the snapshot is as required.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from conftest import ROOT
 pytest.importorskip("triton")
 from benchmarks.compile_report import Row, read_snapshot, snapshot_path  # noqa: E402
 
-# Version of Triton -> instructions of a kernel that may spill. The launch tables were chosen with 3.6 and 3.7; with 3.9
-# all kernels compile and little is lost.
+# Triton version -> spill instructions allowed per kernel. The launch tables were chosen with 3.6 and 3.7; with 3.9 all
+# kernels compile and little is lost.
 VERSIONS = {"3.6": 0, "3.7": 0, "3.9": 20}
 CHOSEN = ("3.6", "3.7")
 
-# The tensor-core instruction of a kernel in half precision for sm_80, sm_90 and sm_100, "-" for none; the longest key
-# that begins "kernel: case" decides. float32 is multiplied in full precision, on the CUDA cores.
+# A kernel's tensor-core instruction in half precision for sm_80, sm_90 and sm_100, "-" for none; the longest key that
+# is a prefix of "kernel: case" decides. float32 is multiplied in full precision, on the CUDA cores.
 NONE, OLD, NEW = ("-", "-", "-"), ("HMMA", "HMMA", "HMMA"), ("HMMA", "HGMMA", "UTCMMA")
 MMA = {
     "attention_kernel": NEW,
@@ -58,7 +58,7 @@ TMA: set[str] = set()
 
 
 def child(code_or_module: list[str]) -> subprocess.CompletedProcess[str]:
-    """Python in a process that does not interpret kernels."""
+    """Runs Python in a process that does not interpret kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     return subprocess.run(
@@ -107,7 +107,7 @@ def test_nothing_spills(rows: list[Row], version: str) -> None:
 
 def test_everything_can_be_launched(rows: list[Row]) -> None:
     assert not [(r.case, r.kernel, r.sm, r.shared) for r in rows if r.blocks < 1]
-    # two blocks hide each other's latency in the kernels that GPT-2 spends its time in
+    # in the kernels where GPT-2 spends its time, two blocks hide each other's latency
     busiest = {"attention D=64 bf16": "attention_kernel", "linear 768x3072 gelu_tanh bf16": "linear_kernel"}
     assert [r.blocks for r in rows if r.sm == 90 and busiest.get(r.case) == r.kernel] == [2, 2]
 
@@ -140,7 +140,7 @@ def test_decode_reads_keys_and_values_128_bits_at_a_time(rows: list[Row], versio
 
 
 def test_lengths_and_batch_do_not_decide_what_is_compiled() -> None:
-    """Rows, queries, keys, sequences of 1..1024: one machine code of each kernel, so the same bits, at once."""
+    """Rows, queries, keys, sequences of 1..1024: one compiled variant per kernel, so the same bits and no compiling."""
     done = child(["-c", "from benchmarks.compile_report import variants; print(variants())"])
     assert done.returncode == 0, done.stderr[-3000:]
     counts = ast.literal_eval(done.stdout)
@@ -148,7 +148,7 @@ def test_lengths_and_batch_do_not_decide_what_is_compiled() -> None:
 
 
 def test_more_sequences_than_one_launch_takes() -> None:
-    """The third axis of a grid ends at 65535, and so does the second."""
+    """A grid's third axis is limited to 65535, and so is the second."""
     code = """
 import torch, gpt2_kernels as ops
 from benchmarks.offline import offline
@@ -165,7 +165,7 @@ print([launch.grid for launch in launches])
 
 
 def test_kernels_that_start_early_wait_before_they_touch_memory() -> None:
-    """From Hopper on: no load, store or atomic of the compiled code comes before the wait, and every program waits."""
+    """From Hopper on: in the compiled code no load, store or atomic precedes the wait, and every program waits."""
     code = r"""
 import re
 from benchmarks import compile_cases
@@ -198,7 +198,7 @@ assert not launches[0].kernel.metadata.launch_pdl
 
 
 def test_a_damaged_snapshot_is_noticed(tmp_path: Path) -> None:
-    """Of another form: read as none, so that `--write` makes it anew and `--check` fails."""
+    """A snapshot in another format counts as missing, so that `--write` recreates it and `--check` fails."""
     path = tmp_path / "compile_triton_3.7.txt"
     assert read_snapshot(path) == ("", [])
     text = snapshot_path("3.7").read_text(encoding="utf-8")
@@ -207,4 +207,4 @@ def test_a_damaged_snapshot_is_noticed(tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     version, rows = read_snapshot(path)
     assert (version, rows) == read_snapshot(snapshot_path("3.7")) and rows
-    assert re.fullmatch(r"3\.7\.\d+", version)  # with anything else in it, no kernel would be compared
+    assert re.fullmatch(r"3\.7\.\d+", version)  # with any other version, no kernel would be compared

@@ -34,7 +34,7 @@ def test_report_of_a_matrix_product(output, cc, tensor_core):
     assert (report["name"], report["cc"], report["grid"], report["threads"]) == ("matmul", cc, [1], 128)
     assert 32 <= report["registers"] <= 128
     assert report["spills"] == report["stack_bytes"] == 0
-    # 64 x 64 tiles of two operands in bfloat16, and as many of them as the pipeline keeps in flight
+    # 64 x 64 tiles of two operands in bfloat16, as many as the pipeline keeps in flight
     assert 2 * 64 * 64 * 2 <= report["shared_bytes"] <= 3 * 2 * 64 * 64 * 2 + 1024
     assert not report["over_limit"]
     assert report["occupancy"] == report["blocks_per_sm"] * 128 / 2048 > 0
@@ -80,7 +80,7 @@ def test_fingerprints_tell_variants_apart_without_compiling(output):
         (90, 168, 384, 64, 1),
         (90, 32, 128, 0, 16),  # threads
         (90, 16, 32, 0, 32),  # blocks
-        (90, 32, 128, 112, 2),  # shared memory, of which the system takes 1 KiB for each block
+        (90, 32, 128, 112, 2),  # shared memory, of which the system reserves 1 KiB per block
         (90, 32, 128, 113, 2),
         (90, 32, 128, 114, 1),
         (90, 32, 128, 227, 1),

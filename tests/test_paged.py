@@ -1,4 +1,4 @@
-"""paged_attention against float64 PyTorch over the same keys laid side by side."""
+"""paged_attention against float64 PyTorch over the same keys, made contiguous."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def make_batch(
     block_size: int = 16,
     spare: int = 1,
 ) -> tuple[Batch, list[Text]]:
-    """A batch over shuffled blocks whose unused parts are NaN, and each sequence's keys and values side by side."""
+    """A batch over shuffled blocks with NaN in unused parts, and each sequence's keys and values, contiguous."""
     texts = [tuple(torch.randn(2, context, Hkv, D, device=device).to(dtype)) for context in contexts]
     q = 2 * torch.randn(sum(queries), 3, H, D, device=device).to(dtype)[:, 0]  # a view, as GPT-2's projection gives it
     return lay_out(q, texts, queries, block_size, spare), texts
 
 
 def lay_out(q: Tensor, texts: list[Text], queries: list[int], block_size: int, spare: int = 1) -> Batch:
-    """The batch of these queries and texts over shuffled blocks; `spare`: columns of the table that nobody uses."""
+    """The batch of these queries and texts over shuffled blocks; `spare`: unused columns of the table."""
     contexts, (_, Hkv, D), device, dtype = [len(k) for k, _ in texts], texts[0][0].shape, q.device, q.dtype
     needed = [-(-c // block_size) for c in contexts]
     num_blocks = sum(needed) + 2
@@ -72,7 +72,7 @@ def lay_out(q: Tensor, texts: list[Text], queries: list[int], block_size: int, s
 
 
 def dense(q: Tensor, texts: list[Text], cu: list[int], window: int | None = None) -> Tensor:
-    """The same by a loop over sequences and a mask, in the dtype that is given."""
+    """The same by a loop over sequences and a mask, in the inputs' dtype."""
     out = torch.zeros_like(q)
     for (k, v), first, last in zip(texts, cu, cu[1:]):
         H, (context, Hkv, D) = q.shape[1], k.shape
@@ -96,15 +96,15 @@ def check(batch: Batch, texts: list[Text], window: int | None = None) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [8, 16, 33, 256])
 def test_decode(path: torch.device, block_size: int, dtype: torch.dtype) -> None:
-    contexts = [1, 16, 17, 100]  # alone, one block, one past it, several
+    contexts = [1, 16, 17, 100]  # one key, one block, one past it, several
     check(*make_batch(path, dtype, contexts, [1] * 4, block_size=block_size))
 
 
-SPLIT_BORDERS = [255, 256, 257, 512, 513, 1100]  # keys: one split, one and a key, two, several
+SPLIT_BORDERS = [255, 256, 257, 512, 513, 1100]  # keys: just below one split, one, one past it, two, one past, several
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("H", "Hkv"), [(2, 2), (6, 2), (18, 1)], ids=str)  # 18: more than a program serves
+@pytest.mark.parametrize(("H", "Hkv"), [(2, 2), (6, 2), (18, 1)], ids=str)  # 18: more than one program handles
 def test_decode_at_the_borders_of_splits(path: torch.device, H: int, Hkv: int, dtype: torch.dtype) -> None:
     check(*make_batch(path, dtype, SPLIT_BORDERS, [1] * 6, H=H, Hkv=Hkv, D=32))
 
@@ -127,14 +127,14 @@ def test_decode_through_a_window(path: torch.device, window: int, Hkv: int) -> N
 def test_decode_of_long_texts_has_wider_splits(
     path: torch.device, window: int | None, Hkv: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where scratch for every 256 keys would be too much. A text's bits are its own, however wide the table is."""
+    """Where scratch for every 256 keys would be too much. A sequence's bits do not depend on the table's width."""
     if ops.path_of("paged_attention", path.type).startswith("Triton"):
         monkeypatch.setattr(_paged_decode, "MAX_PARTS", 3)
     batch, texts = make_batch(path, torch.float32, [2000, 513, 512, 20, 1025], [1] * 5, Hkv=Hkv, D=16)
     check(batch, texts, window=window)
     out = ops.paged_attention(*batch, window=window)
     for s in range(5):
-        blocks = -(-int(batch.context_lens[s]) // batch.k_cache.shape[1])  # no wider than this text
+        blocks = -(-int(batch.context_lens[s]) // batch.k_cache.shape[1])  # no wider than this sequence needs
         alone = batch._replace(
             q=batch.q[s : s + 1],
             block_table=batch.block_table[s : s + 1, :blocks],
@@ -165,7 +165,7 @@ def test_window(path: torch.device, window: int) -> None:
 
 
 def test_empty_sequences(path: torch.device) -> None:
-    """No context, no queries, and rows of q behind the last sequence: all give 0 or nothing."""
+    """No context, no queries, and rows of q after the last sequence: all give 0 or nothing."""
     batch, texts = make_batch(path, torch.float32, [30, 0, 12], [2, 1, 0], D=16)
     batch = batch._replace(q=torch.cat([batch.q, torch.randn_like(batch.q[:2])]))
     out = ops.paged_attention(*batch)
@@ -192,7 +192,7 @@ def test_batch_does_not_matter(path: torch.device, dtype: torch.dtype) -> None:
                 batch.block_table[s : s + 1],
                 batch.context_lens[s : s + 1],
                 torch.tensor([0, queries[s]], dtype=torch.int32, device=path),
-                # decode and prefill have a tile each, and the caller says which: a prompt's last token is prefill too
+                # decode and prefill use different tiles, chosen by the caller: a prompt's last token is prefill too
                 max(queries[s], 2) if max(queries) > 1 else 1,
             )
             assert torch.equal(ops.paged_attention(*one), together[cu[s] : cu[s + 1]])
@@ -201,7 +201,7 @@ def test_batch_does_not_matter(path: torch.device, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("Hkv", [2, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_of_decode_depend_on_the_sequence_alone(path: torch.device, dtype: torch.dtype, Hkv: int) -> None:
-    """Alone or in a batch, whatever the size and order of blocks and the width of the table; and a second time."""
+    """Alone or in a batch, whatever the size and order of blocks and the table's width; and when repeated."""
     contexts = [600, 1, 257, 256]
     texts = [tuple(torch.randn(2, context, Hkv, 16, device=path).to(dtype)) for context in contexts]
     q = torch.randn(4, 2, 16, device=path).to(dtype)
@@ -222,7 +222,7 @@ CHUNKS = [[64, 64, 22], [1, 149], [50, 50, 50], [100, 0, 50]]
 def test_chunks_of_a_prompt_give_the_bits_of_the_whole(
     path: torch.device, chunks: list[int], dtype: torch.dtype
 ) -> None:
-    """Also where the first of them came from another request's prefix: they are keys in the cache like any."""
+    """Even if the first chunks came from another request's prefix: their keys are in the cache like any others."""
     batch, texts = make_batch(path, dtype, [150], [150], D=32)
     expected = ops.paged_attention(*batch)
     done = 0
@@ -235,7 +235,7 @@ def test_chunks_of_a_prompt_give_the_bits_of_the_whole(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_where_pytorch_computes(dtype: torch.dtype) -> None:
-    """Without a compiler every dtype does as float16 does."""
+    """Without a compiler every dtype takes float16's path."""
     device = torch.device("cpu")
     with _runtime.force("torch"):
         for chunks in CHUNKS:
@@ -244,9 +244,9 @@ def test_chunks_where_pytorch_computes(dtype: torch.dtype) -> None:
 
 
 def test_decode_of_nothing(path: torch.device) -> None:
-    """No context, sequences without a query, rows behind the last sequence and no sequence at all give 0."""
+    """No context, sequences without a query, rows after the last sequence and no sequence at all give 0."""
     batch, texts = make_batch(path, torch.float32, [300, 0, 12, 0], [1, 1, 0, 1], D=16)
-    poison = torch.full((40, 2, 16), torch.nan, device=path)  # memory handed out again is not zero by luck
+    poison = torch.full((40, 2, 16), torch.nan, device=path)  # so that reused memory is not zero by luck
     del poison
     out = ops.paged_attention(*batch._replace(q=torch.cat([batch.q, torch.ones_like(batch.q)])))
     assert out[0].abs().min() > 0 and not out[1:].any()
@@ -260,7 +260,7 @@ def test_decode_of_nothing(path: torch.device) -> None:
 
 
 def test_tickets_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One buffer serves launch after launch, of any shape; nobody zeroes it in between."""
+    """One buffer serves launch after launch, of any shape, without being zeroed in between."""
     if not ops.path_of("paged_attention", "cpu").startswith("Triton"):
         pytest.skip("counts programs of the interpreter")
     tickets = torch.zeros(100, dtype=torch.int32)
@@ -271,7 +271,7 @@ def test_tickets_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stream_keeps_its_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same zeros for each launch on a stream; others while a graph is captured there before they exist."""
+    """A stream's launches share one zeroed buffer, except during a graph capture that comes before it exists."""
     stream, capturing, zeros = [7], [True], torch.zeros
     active = SimpleNamespace(get_current_stream=lambda index: stream[0])
     monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=active))
@@ -292,7 +292,7 @@ def test_a_stream_keeps_its_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert larger is not kept and len(larger) >= 2 * len(kept)
     assert kept is _launch.tickets(10, device), "a graph may hold its address"
     stream[0] = 9
-    segments.append({"segment_pool_id": (0, 3), "address": 0, "total_size": 2**64})  # torch.compile's, in its warm-up
+    segments.append({"segment_pool_id": (0, 3), "address": 0, "total_size": 2**64})  # torch.compile's, in warm-up
     assert _launch.tickets(10, device) is not _launch.tickets(10, device)
     segments[0]["segment_pool_id"] = (0, 0)
     stream[0] = 8
@@ -307,7 +307,7 @@ def test_a_stream_keeps_its_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_decode_in_a_cuda_graph() -> None:
-    """Replayed with other lengths and other blocks, it gives what a call gives."""
+    """Replayed with other lengths and blocks, it gives what a plain call gives."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     device = torch.device("cuda")
@@ -332,15 +332,15 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 def with_float8(batch: Batch, device: torch.device) -> tuple[Batch, dict[str, Tensor], Batch]:
-    """The batch with its caches in float8, the scales, and the batch over what they stand for, in float64.
+    """The batch with float8 caches, the scales, and the batch over the values they represent, in float64.
 
-    A scale maps the largest number of a head to 400, as one would choose it.
+    A scale maps a head's largest value to 400, as one would choose it.
     """
     caches, values, scales = [], [], {}
     for name, cache in (("k_scale", batch.k_cache), ("v_scale", batch.v_cache)):
         scale = (cache.double().nan_to_num().abs().amax(dim=(0, 1, 3)) / 400).float().contiguous()
         quantised = (cache.float() / scale[:, None]).to(FLOAT8)
-        bits = quantised.view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2)  # as the engine keeps them
+        bits = quantised.view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2)  # the engine's layout
         caches.append(bits.view(FLOAT8))
         values.append(quantised.double() * scale[:, None].double())
         scales[name] = scale
@@ -352,7 +352,7 @@ def with_float8(batch: Batch, device: torch.device) -> tuple[Batch, dict[str, Te
 
 
 def gathered(batch: Batch) -> list[Text]:
-    """Keys and values of each sequence, side by side, from the caches."""
+    """Each sequence's keys and values, gathered from the caches."""
     texts = []
     for row, length in zip(batch.block_table, batch.context_lens.tolist()):
         blocks = row[: -(-length // batch.k_cache.shape[1])].long()
@@ -365,7 +365,7 @@ def gathered(batch: Batch) -> list[Text]:
 @pytest.mark.parametrize("queries", [[1, 1, 1], [300, 20, 1]], ids=["decode", "prefill"])
 @pytest.mark.parametrize(("Hkv", "D"), [(4, 33), (2, 64)], ids=str)
 def test_a_float8_cache(path: torch.device, Hkv: int, D: int, queries: list[int], dtype: torch.dtype) -> None:
-    """Against float64 over the very numbers that the cache holds: nothing is lost beyond its own rounding."""
+    """Against float64 over exactly the values in the cache: nothing is lost beyond the cache's own rounding."""
     batch, _ = make_batch(path, dtype, [300, 40, 7], queries, H=4, Hkv=Hkv, D=D)
     batch, scales, exact = with_float8(batch, path)
     out = ops.paged_attention(*batch, window=290, **scales)
@@ -377,12 +377,12 @@ def test_the_error_of_a_float8_cache_is_that_of_its_rounding(path: torch.device)
     """Against float64 over the unrounded keys and values.
 
     A number x becomes x (1 + e), |e| <= 2^-4 (three bits of mantissa, rounded), or moves by at most 2^-10 of its scale
-    where float8 has no exponent left. A score q.k / sqrt(D) so moves by at most s = sum |q k| 2^-4 / sqrt(D) (and
-    that little), each weight by a factor within exp(2 s), and a sum of weighted values by what both do to it.
+    where float8 has no exponent left. So a score q.k / sqrt(D) moves by at most s = sum |q k| 2^-4 / sqrt(D) (plus
+    that little), each weight by a factor within exp(2 s), and a sum of weighted values by the effect of both.
     """
     D = 64
     batch, texts = make_batch(path, torch.float32, [300, 257, 20], [1, 1, 1], D=D)
-    batch = batch._replace(q=batch.q / 8)  # scores of the size that a trained model has
+    batch = batch._replace(q=batch.q / 8)  # scores as large as a trained model's
     batch8, scales, _ = with_float8(batch, path)
     out = ops.paged_attention(*batch8, **scales).double()
     for s, (k, v) in enumerate(texts):
@@ -448,7 +448,7 @@ def test_the_path_of_a_float8_cache_is_said() -> None:
 
 
 def test_opcheck_of_a_float8_cache(path: torch.device) -> None:
-    """Shapes alone: PyTorch's other checks multiply arguments, and know no float8."""
+    """Only shapes: PyTorch's other checks multiply arguments and do not support float8."""
     batch, _ = make_batch(path, torch.float32, [20, 9], [1, 1], D=16)
     batch, scales, _ = with_float8(batch, path)
     arguments = (*batch, 0.25, 0, *scales.values())
@@ -531,7 +531,7 @@ def test_offsets_beyond_32_bits(path: torch.device, queries: int, size: int, str
 def test_more_sequences_than_one_launch_takes(
     path: torch.device, queries: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A grid's second axis ends at 65535; here at 2, so that three launches serve five sequences, the last alone."""
+    """A grid's second axis is limited to 65535; here to 2, so that five sequences take three launches."""
     batch, _ = make_batch(path, torch.float32, [20, 75, 3, 6, 40], queries, D=16)
     expected = ops.paged_attention(*batch)
     assert expected.abs().amin(dim=(1, 2)).all()  # every row was written

@@ -1,4 +1,4 @@
-"""paged_decode_: what it writes is what append_kv_ writes, and it attends to that, in one launch."""
+"""paged_decode_: it writes what append_kv_ writes, and attends to that, in one launch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpt2_kernels import paged
 
 
 def arguments(batch: Batch) -> dict[str, Tensor]:
-    """The batch before its last keys and values are in the cache: their places hold NaN, or what float8 has for it.
+    """The batch before its last keys and values are in the cache: their slots hold NaN, in float8 too.
 
     k and v are views, as GPT-2's projection gives them.
     """
@@ -57,7 +57,7 @@ def check(batch: Batch, window: int | None = None) -> Tensor:
 def test_the_new_key_at_the_borders_of_blocks_and_splits(
     path: torch.device, H: int, Hkv: int, dtype: torch.dtype
 ) -> None:
-    """Alone in the text, in its block and in its split; with 33 a block of the cache crosses a split."""
+    """Alone in the sequence, in its block and in its split; with 33, a cache block crosses a split."""
     contexts = [1, 2, 16, 17, *SPLIT_BORDERS]
     for block_size in (16, 33):
         check(make_batch(path, dtype, contexts, [1] * len(contexts), H=H, Hkv=Hkv, D=32, block_size=block_size)[0])
@@ -79,13 +79,13 @@ def test_window(path: torch.device, window: int, Hkv: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("Hkv", [4, 2])
 def test_a_float8_cache(path: torch.device, Hkv: int, dtype: torch.dtype) -> None:
-    """New keys are attended to as they are kept, rounded."""
+    """New keys are attended to as stored, rounded."""
     batch, _ = make_batch(path, dtype, [300, 40, 257, 1], [1] * 4, H=4, Hkv=Hkv, D=33)
     batch, scales, exact = with_float8(batch, path)
     given = arguments(batch)
     for name in ("k", "v"):
         given[name] = (given[name].float() * scales[f"{name}_scale"][:, None]).to(dtype)
-        given[name] *= 1 + torch.finfo(dtype).eps  # no number of float8
+        given[name] *= 1 + torch.finfo(dtype).eps  # not representable in float8
     alike = {name: given[name].clone() for name in ("k_cache", "v_cache")}
     ops.append_kv_(given["k"], given["v"], *alike.values(), given["slots"], **scales)
     out = ops.paged_decode_(**given, **scales)
@@ -97,7 +97,7 @@ def test_a_float8_cache(path: torch.device, Hkv: int, dtype: torch.dtype) -> Non
 
 
 def test_rows_without_a_new_token(path: torch.device) -> None:
-    """An idle row writes nothing and gives 0; slot -1 beside a context attends to what the cache holds, bit for bit."""
+    """An idle row writes nothing and gives 0; slot -1 with a context attends to what the cache holds, bit for bit."""
     batch, _ = make_batch(path, torch.float32, [300, 0, 513, 7], [1] * 4, D=16)
     given = arguments(batch)
     given["slots"] = given["slots"].clone()
@@ -115,7 +115,7 @@ def test_rows_without_a_new_token(path: torch.device) -> None:
 @pytest.mark.parametrize("Hkv", [2, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_depend_on_the_sequence_alone(path: torch.device, dtype: torch.dtype, Hkv: int) -> None:
-    """Alone or in a batch, whatever the size and order of blocks and the width of the table; and a second time."""
+    """Alone or in a batch, whatever the size and order of blocks and the table's width; and when repeated."""
     contexts = [600, 1, 257, 256]
     texts = [tuple(torch.randn(2, context, Hkv, 16, device=path).to(dtype)) for context in contexts]
     q = torch.randn(4, 2, 16, device=path).to(dtype)
@@ -127,7 +127,7 @@ def test_bits_depend_on_the_sequence_alone(path: torch.device, dtype: torch.dtyp
 
 
 def test_token_after_token(path: torch.device) -> None:
-    """A text that grows from nothing past a split, in a cache that starts as NaN."""
+    """A sequence that grows from nothing past a split, in a cache that starts as NaN."""
     K, V = torch.randn(2, 300, 2, 16, device=path)
     caches = [torch.full((20, 16, 2, 16), torch.nan, device=path) for _ in range(2)]
     table = torch.randperm(20, device=path).to(torch.int32)[None]

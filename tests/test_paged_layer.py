@@ -26,7 +26,7 @@ STATE = ("k_cache", "v_cache")
 
 @pytest.fixture(autouse=True)
 def compiled() -> Iterator[None]:
-    """The compiled operators, where this CPU's products are theirs."""
+    """The compiled operators, if they compute this CPU's matrix products."""
     torch.manual_seed(0)
     if not _native.load():
         pytest.skip(_native.status())
@@ -37,7 +37,7 @@ def compiled() -> Iterator[None]:
 
 
 def arguments(kind: str, queries: list[int], contexts: list[int]) -> dict[str, Any]:
-    """Packed rows of texts whose earlier keys are in the cache; a context of 0 is an idle row, with no slot."""
+    """Packed rows of sequences whose earlier keys are in the cache; a context of 0 is an idle row, with no slot."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     shapes = [(C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,), (4 * C, C), (4 * C,), (C, 4 * C), (C,)]
     weights = [torch.randn(s) * (0.1 if len(s) == 1 else s[1] ** -0.5) for s in shapes]
@@ -192,7 +192,7 @@ def test_compiles_whole() -> None:
 
 
 def test_what_other_processors_lack_has_no_fake() -> None:
-    """PyTorch refuses one for an operator that does not exist, and then none of the others would be to be had."""
+    """PyTorch refuses a fake for an operator that does not exist, and then no other operator would be available."""
     source = (ROOT / "csrc" / "cpu_ops.cpp").read_text()
     definitions = source[source.index("STABLE_TORCH_LIBRARY(") :]
     x86 = definitions[definitions.index("#if GPT2K_PRODUCTS") : definitions.index("#endif")]
@@ -300,7 +300,7 @@ def test_a_block_that_somebody_changed_goes_its_own_way(
 
 
 def put_again(layer: nn.Module) -> None:
-    """As torch.nn.utils.prune.remove and remove_parametrizations do: the weight comes behind the bias."""
+    """As torch.nn.utils.prune.remove and remove_parametrizations do: afterwards the weight comes after the bias."""
     weight = layer.weight.detach().clone()
     del layer.weight
     layer.weight = nn.Parameter(weight)
@@ -343,7 +343,7 @@ def test_hooks_of_all_modules_are_called(calls: list[int]) -> None:
         generated(model("float32"))
     finally:
         handle.remove()
-    assert not calls and nn.LayerNorm not in seen  # whose weights the block reads itself
+    assert not calls and nn.LayerNorm not in seen  # the block reads their weights itself
     assert seen
 
 
@@ -385,7 +385,7 @@ def test_the_model_compiles_whole() -> None:
 
 def test_a_cache_in_float8_goes_the_other_way(calls: list[int]) -> None:
     engine = Engine(model("float32"), max_batch=2, num_blocks=8, block_size=8, cache_dtype=torch.float8_e4m3fn)
-    calls.clear()  # those that measured the scales
+    calls.clear()  # drop the calls that measured the scales
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3, ignore_eos=True))
     assert not calls
 

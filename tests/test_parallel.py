@@ -1,5 +1,4 @@
-"""Processes on gloo compute what one does: data parallel, sharded, tensor parallel. What they do is in
-parallel_child.py."""
+"""Processes over gloo compute what one does: data parallel, sharded, tensor parallel; they run parallel_child.py."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_compute_what_one_does(count: int, tmp_path: Path) -> None:
-    """Two compare all they do; of three it is asked what two could not show: the order in which they add."""
+    """Two processes compare everything; three check what two could not show, the order in which they add."""
     folder = random_checkpoint(tmp_path, tiny_config(), tokenizer=True)
     (folder / "words.txt").write_text("a few words of no account " * 30)
     with socket.socket() as free:
@@ -52,7 +51,7 @@ def test_processes_compute_what_one_does(count: int, tmp_path: Path) -> None:
 def test_processes_that_do_not_divide_the_batch_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before they look for each other: here there are none to be found."""
+    """Before they try to connect: here there are no others."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     (tmp_path / "words.txt").write_text("words")
     with pytest.raises(SystemExit) as e:
@@ -66,7 +65,7 @@ def test_processes_that_do_not_divide_the_batch_are_refused(
     ("processes", "fits"), [(1, True), (2, True), (4, True), (5, True), (7, True), (8, False), (26, False)]
 )
 def test_how_25_heads_can_be_split(processes: int, fits: bool) -> None:
-    """gpt2-xl's: by any number of processes that leaves none without a head. torch.chunk is what DTensor cuts with."""
+    """gpt2-xl's heads: over any number of processes that leaves none without one. DTensor splits by torch.chunk."""
     assert PRESETS["gpt2-xl"].n_head == 25
     assert (len(torch.arange(25).chunk(processes)) == processes) == fits
     if fits:

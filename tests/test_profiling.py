@@ -1,4 +1,4 @@
-"""gpt2.profiling: a Chrome trace with a range for each operator, and nothing where it is off."""
+"""gpt2.profiling: a Chrome trace with a range for each operator, and nothing when it is off."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def names(path: Path) -> set[str]:
 
 
 def test_operators_are_ranges_of_their_own_name(tmp_path: Path) -> None:
-    """Of the command, whose text is the same with it and without."""
+    """In the command, whose text is the same with profiling and without."""
     folder = random_checkpoint(tmp_path / "model", tiny_config(), tokenizer=True)
     command = ("generate", "a story", "--model", str(folder), "--seed", "3", "--max-tokens", "4")
     done = process(*command, "--profile", str(tmp_path / "trace.json"))

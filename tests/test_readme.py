@@ -16,7 +16,7 @@ from gpt2.tokenizer import STORYBOOK
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-# What stands for nanoGPT's file where a snippet imports it.
+# What stands in for nanoGPT's file when a snippet imports it.
 NANOGPT = """
 import dataclasses, nanogpt
 

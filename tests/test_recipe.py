@@ -38,7 +38,7 @@ def test_what_a_recipe_refuses(values: dict[str, Any], message: str) -> None:
 
 
 def test_the_rate_rises_to_the_highest_and_falls_to_the_last() -> None:
-    """Against the cosine written with numbers: 10 steps up, then half a period over the 90 others."""
+    """Against the cosine in numbers: 10 steps of warmup, then half a period over the other 90."""
     recipe = Recipe(data=".", steps=100, lr=2.0, min_lr=0.5, warmup=10)
     assert [recipe.rate(step) for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert recipe.rate(55) == pytest.approx(1.25)  # half way
@@ -71,7 +71,7 @@ def test_a_folder_that_holds_something_is_refused_unless_it_is_resumed(tmp_path:
     assert check_out(tmp_path, False) == tmp_path  # empty
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.tokens").touch()
-    assert check_out(tmp_path, False) == tmp_path  # of a run whose data were refused
+    assert check_out(tmp_path, False) == tmp_path  # left by a run whose data were refused
     (tmp_path / "data" / "mine.tokens").touch()
     with pytest.raises(ValueError, match="--out must be empty or new"):
         check_out(tmp_path, False)

@@ -16,7 +16,7 @@ from gpt2.reference import ReferenceGPT2, gelu, initialize
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors here are tiny: on a busy machine threads wait for each other a hundred times longer than they work."""
+    """Tensors are tiny here: on a busy machine threads would wait for each other a hundred times longer than work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -91,7 +91,7 @@ def test_float64_of_the_smallest_published_size(tmp_path: Path) -> None:
 
 
 def test_each_variant_changes_the_logits(tmp_path: Path) -> None:
-    """Else the comparison above would not notice that both sides ignore an option."""
+    """Otherwise the comparison above would not notice if both sides ignored an option."""
     tokens = random_tokens(tiny_config(), 1, 16)
     folder = random_checkpoint(tmp_path, tiny_config(n_layer=4), seed=2)
     plain = ReferenceGPT2.from_pretrained(folder, "cpu")
@@ -120,7 +120,7 @@ def test_attention_maps_equal_transformers_and_never_look_ahead(tmp_path: Path) 
         assert (got - wanted).abs().max() <= 1e-12
         assert (got.sum(-1) - 1).abs().max() <= 1e-12
         assert (got.triu(1) == 0).all()
-        assert got.tril().max() < 1 or got[..., 1:, :].max() < 1  # not all on one token: the map is worth a look
+        assert got.tril().max() < 1 or got[..., 1:, :].max() < 1  # not all on one token: the map is worth checking
 
 
 def test_the_future_changes_nothing(tmp_path: Path) -> None:

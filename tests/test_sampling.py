@@ -1,7 +1,7 @@
 """sample: filters against a plain float64 construction, the distribution, the kernel against the reference, and
 independence of the batch.
 
-The kernel's rows are interpreted at 20 ms each for a small vocabulary and 100 ms for GPT-2's: rows are few here.
+Interpreting a row takes 20 ms for a small vocabulary and 100 ms for GPT-2's, so there are few rows here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import gpt2_kernels as ops
 from gpt2_kernels import reference
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
-# Every option alone, and together.
+# Every option alone, and combinations.
 OPTIONS: tuple[dict, ...] = (
     {},
     {"temperature": 0.6},
@@ -33,7 +33,7 @@ OPTIONS: tuple[dict, ...] = (
 
 
 def draw(logits: Tensor, **changes: object) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """sample with one value for all rows, or a list of them."""
+    """sample with one value for all rows, or a list with one per row."""
     return ops.sample(logits, **options(logits, **changes))
 
 
@@ -57,7 +57,7 @@ def random_rows(S: int, V: int, device: torch.device, dtype: torch.dtype = torch
 
 
 def random_options(S: int, seed: int) -> dict:
-    """A mixture of greedy rows and of every filter, some off."""
+    """A mix of greedy rows and of every filter, some off."""
     g = torch.Generator().manual_seed(seed)
 
     def some(values: Tensor, off: float) -> list:
@@ -98,14 +98,14 @@ def test_uniform_is_philox() -> None:
 
 
 def test_the_draw_is_the_inverse_of_the_distribution(path: torch.device) -> None:
-    """Of 4096 equal tokens the one drawn is floor(4096 u): the first twelve bits of the number, in every row."""
+    """Of 4096 equally likely tokens, floor(4096 u) is drawn: the first twelve bits of the number, in every row."""
     tokens, _, _ = draw(torch.zeros(6, 4096, device=path), seeds=SEEDS, positions=POSITIONS)
     assert tokens.tolist() == [philox_4x32(p, s & (2**64 - 1)) >> 20 for s, p in zip(SEEDS, POSITIONS)]
 
 
 @pytest.mark.parametrize(("V", "parts"), [(4096, 4096), (2**18, 64)], ids=["of tokens", "of tiles"])
 def test_the_number_that_is_a_border(path: torch.device, V: int, parts: int) -> None:
-    """Where the share of one token, or of a tile of 4096, ends and the next one's begins: it is the next one's."""
+    """A number where the share of one token, or of a tile of 4096, ends and the next begins belongs to the next."""
     seeds = torch.arange(1_000_000)
     numbers = reference.uniform(seeds, torch.zeros_like(seeds)) * parts
     chosen = int((numbers == numbers.floor()).nonzero()[0])
@@ -152,7 +152,7 @@ def allowed(
 
 
 def chi_square(tokens: Tensor, p: np.ndarray) -> None:
-    """Tokens were drawn with probabilities p; those expected fewer than ten times are pooled."""
+    """Checks that tokens were drawn with probabilities p; those expected fewer than ten times are pooled."""
     N = len(tokens)
     counts = np.bincount(tokens.numpy(), minlength=len(p)).astype(float)
     assert counts[p == 0].sum() == 0, "a token that the filters exclude was drawn"
@@ -182,7 +182,7 @@ def test_distribution_of_the_reference(changes: dict) -> None:
 
 @pytest.mark.parametrize("changes", [OPTIONS[0], OPTIONS[-1]], ids=str)
 def test_distribution(path: torch.device, changes: dict) -> None:
-    """On every path: fewer draws where they are interpreted, which finds a gross mistake only."""
+    """On every path, with fewer draws where they are interpreted, which finds only gross mistakes."""
     rng = np.random.default_rng(4)
     logits, history = (1.5 * rng.standard_normal(64)).astype(np.float32), rng.random(64) < 0.4
     seen = {"history": history} if "repetition_penalty" in changes else {}
@@ -194,7 +194,7 @@ def test_distribution(path: torch.device, changes: dict) -> None:
 
 
 def test_distribution_over_the_vocabulary_of_gpt2(production: torch.device) -> None:
-    """A draw beyond the tail (top_p 0.9 of 50,257) is never seen, the common tokens come as often as they should."""
+    """No draw from the cut-off tail (top_p 0.9 of 50,257), and common tokens come as often as they should."""
     logits = random_rows(1, 50257, production, seed=5)
     N = 20_000 if GPU else 400
     tokens, _, _ = draw(logits.expand(N, -1), top_p=0.9, seeds=3, positions=list(range(N)))
@@ -203,7 +203,7 @@ def test_distribution_over_the_vocabulary_of_gpt2(production: torch.device) -> N
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
 def test_what_is_drawn_is_allowed(path: torch.device, changes: dict) -> None:
-    """And with min_p, top_k and top_p small enough, all that is allowed is drawn."""
+    """And if min_p, top_k and top_p leave few enough tokens, all that are allowed are drawn."""
     logits = random_rows(1, 33, path, seed=6)  # one past a warp
     history = torch.rand(1, 33, generator=torch.Generator().manual_seed(6)).to(path) < 0.4
     seen = {"history": history.expand(30, -1)} if "repetition_penalty" in changes else {}
@@ -225,7 +225,7 @@ def test_what_is_drawn_is_allowed(path: torch.device, changes: dict) -> None:
         (1, 4),  # a single token
         (50, 10),  # a part of a tile; top_k on either side of V
         (4097, 4),  # one past a tile
-        (50257, 2),  # GPT-2: thirteen tiles, and lanes that may not hold what is searched for
+        (50257, 2),  # GPT-2: thirteen tiles, and lanes that may not hold the token sought
     ],
 )
 def test_the_reference_draws_the_same(path: torch.device, V: int, S: int, dtype: torch.dtype, penalised: bool) -> None:
@@ -270,10 +270,10 @@ def test_wide_vocabularies(path: torch.device, V: int, changes: dict) -> None:
 @pytest.mark.parametrize("changes", [{"top_k": 4}, {"top_p": 0.65}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_lane_that_hides_what_is_kept(path: torch.device, dtype: torch.dtype, changes: dict) -> None:
-    """Five large scores in one lane, which remembers three of them: the border among the lanes is too low.
+    """Five large scores in one lane, which remembers three of them: the threshold found among the lanes is too low.
 
-    The number drawn is almost 1, so that the last token kept is taken: the fourth, and were the fifth or one of the
-    40,000 small ones kept, that one.
+    The number drawn is almost 1, so that the last kept token is taken: the fourth, or, if it were wrongly kept, the
+    fifth or one of the 40,000 small ones.
     """
     seeds = torch.arange(1000)
     seed = int(seeds[reference.uniform(seeds, torch.zeros_like(seeds)) > 0.99][0])
@@ -318,7 +318,7 @@ def test_the_smallest_set_is_the_likeliest_token(path: torch.device, changes: di
     logits = random_rows(10, 30, path, seed=8)
     for temperature in (1.0, 1e6):
         if "min_p" in changes and temperature > 1:
-            continue  # all weigh the same
+            continue  # all have equal weight
         tokens, _, _ = draw(logits, **changes, temperature=temperature, seeds=list(range(10)))
         assert torch.equal(tokens, logits.argmax(-1)), temperature
 
@@ -337,7 +337,7 @@ def test_a_tiny_temperature_is_nearly_greedy(path: torch.device, temperature: fl
 
 
 def test_masked_logits_are_never_drawn(path: torch.device) -> None:
-    """-inf is what a mask leaves: also where top_k asks for more tokens than are left, and in the last place."""
+    """-inf is what a mask leaves. Also if top_k asks for more tokens than are left, and in the last position."""
     logits = torch.full((24, 40), -torch.inf, device=path)
     logits[:, [3, 17]] = torch.tensor([1.0, 0.5], device=path)
     ks = [0, 1, 2, 5] * 6
@@ -348,7 +348,7 @@ def test_masked_logits_are_never_drawn(path: torch.device) -> None:
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's, in the interpreter
 def test_rows_without_a_distribution(path: torch.device) -> None:
-    """All -inf, a NaN, a +inf: the first maximum, whatever the temperature; never a fault, and never another row's."""
+    """All -inf, a NaN, a +inf: the first maximum, at any temperature; never a fault, and never another row's token."""
     inf, nan = math.inf, math.nan
     rows = [[-inf] * 4, [1.0, nan, 2.0, nan], [1.0, inf, 2.0, inf], [0.0, inf, nan, 1.0], [1.0, 2.0, 3.0, -inf]]
     logits = torch.tensor(rows, device=path)
@@ -367,12 +367,12 @@ def test_repetition_penalty(path: torch.device) -> None:
     torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1)[:, 1])  # the model's own, without the penalty
     tokens, _, _ = draw(logits[:, 2:], temperature=0.0, history=history[:, 2:], repetition_penalty=1.5)
     assert tokens.item() == 1  # -1.0 * 1.5 < -1.1
-    # Penalised scores have bits that no bfloat16 has, and top_k goes by those: 3.015625 / 3 > 1.
+    # Penalised scores have more bits than a bfloat16, and top_k goes by those: 3.015625 / 3 > 1.
     logits = torch.tensor([[1.0, 3.015625, -4.0]], dtype=torch.bfloat16, device=path).expand(6, 3)
     history = torch.tensor([[False, True, False]], device=path).expand(6, 3)
     tokens, _, _ = draw(logits, top_k=1, seeds=list(range(6)), history=history, repetition_penalty=3.0)
     assert tokens.tolist() == [1] * 6
-    # Exactly a tie after the penalty: the quotient is rounded as PyTorch rounds it.
+    # An exact tie after the penalty: the quotient is rounded as PyTorch rounds it.
     logits = torch.tensor([[3.3, 1.1, 0.0]], device=path)
     logits[0, 1] = (logits[0, 0].cpu() / torch.tensor(3.0)).to(path)
     history = torch.tensor([[True, False, False]], device=path)
@@ -381,7 +381,7 @@ def test_repetition_penalty(path: torch.device) -> None:
 
 @pytest.mark.parametrize(("V", "m"), [(50, 4), (50, 32), (50, 33), (50, 50), (5000, 3)])
 def test_top_logprobs(path: torch.device, V: int, m: int) -> None:
-    """In order, ties by id: by passes over the row, and by a sort where more than 32 are wanted."""
+    """In order, ties by id: by passes over the row, or by a sort for more than 32."""
     logits = random_rows(2, V, path, seed=1).round()  # many ties
     _, _, top = draw(logits, temperature=0.0, top_logprobs=m)
     assert top is not None
@@ -397,7 +397,7 @@ def test_top_logprobs(path: torch.device, V: int, m: int) -> None:
 
 
 def test_a_row_does_not_depend_on_the_others(path: torch.device) -> None:
-    """Bit for bit; rows ask for different things, and a penalty in another row makes another kernel of it."""
+    """Bit for bit; rows have different options, and a penalty in another row selects another kernel."""
     logits = random_rows(6, 5000, path, seed=2)
     values = random_options(6, 2)
     values["temperature"][0], values["temperature"][1], values["top_p"][1] = 0.0, 1.0, 0.9
@@ -418,7 +418,7 @@ def test_a_row_does_not_depend_on_the_others(path: torch.device) -> None:
 def test_a_row_does_not_depend_on_threads(
     threads: int, request: pytest.FixtureRequest, production: torch.device
 ) -> None:
-    """Bit for bit, with any number of threads: PyTorch would sum a row alone in another order than among others."""
+    """Bit for bit, with any number of threads: PyTorch would sum a row in one order alone, in another among others."""
     before = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(before))
     torch.set_num_threads(threads)
@@ -468,9 +468,9 @@ def test_layouts(path: torch.device) -> None:
 
 
 def test_offsets_past_2_31(path: torch.device) -> None:
-    """The third row begins 2^31 elements and more behind the first, in memory that nobody touches in between.
+    """The third row begins at least 2^31 elements after the first, and the memory in between is never touched.
 
-    The stride itself is less: an int32, as its product with an int32 row would be.
+    The stride itself is smaller: an int32, as its product with an int32 row would be.
     """
     if path.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GB on the GPU")

@@ -1,4 +1,4 @@
-"""Scheduler: what is computed when. No tensors: a device of lists carries out the plans and watches them."""
+"""Scheduler: what is computed when. No tensors: a device made of lists carries out the plans and checks them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def text(length: int, output: int = 3, first: int = 0, family: Family | None = N
 class Device:
     """Carries out plans as the engine does, with a cache that remembers what was written.
 
-    A place in the cache holds the whole text up to its token and the path that wrote it, so that a read of anything but
-    the text's own past is caught. Results come back when `receive` is called.
+    A slot of the cache holds the whole sequence up to its token and the path that wrote it, so that a read of anything
+    but the sequence's own past is caught. Results come back when `receive` is called.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -132,7 +132,7 @@ def test_texts_under_way_go_on_beside_a_prompt_one_token_at_a_time() -> None:
     device.step(8)
     scheduler.add(text(40, first=100))
     plans = [device.step(8) for _ in range(6)]
-    # The new prompt is seen when the first plan is made, so that texts get their eight tokens once more before it.
+    # The new prompt is seen when the first plan is made, so the sequences get eight tokens once more before it.
     assert [(p.steps, sum(c.last - c.first for c in p.prefill)) for p in plans] == [
         (8, 10), (1, 10), (1, 10), (1, 10), (8, 0), (8, 0),
     ]  # fmt: skip
@@ -158,7 +158,7 @@ def test_the_youngest_is_preempted_saved_and_restored() -> None:
     device = Device(scheduler)
     plans = device.run()
     moved = [texts.index(s) for p in plans for s, _ in p.swap_out]
-    assert moved and moved[0] == 2 and 0 not in moved  # the oldest is never driven out
+    assert moved and moved[0] == 2 and 0 not in moved  # the oldest is never preempted
     assert scheduler.preemptions == len(moved) == sum(len(p.swap_in) for p in plans)
     assert device.ended == set(texts)
     assert scheduler.pool.free_blocks == 8
@@ -200,7 +200,7 @@ def test_prefix_is_shared_after_it_was_computed_and_its_last_token_is_not() -> N
     device.step()
     assert scheduler.prefix_hits == 0
     scheduler.add(text(12))
-    # Three full blocks hold the prompt, but its last token must be computed: two blocks are shared.
+    # Three full blocks hold the prompt, but its last token must be computed, so two blocks are shared.
     assert [(c.first, c.last) for c in device.step().prefill] == [(8, 12)] and scheduler.prefix_hits == 8
 
 
@@ -235,7 +235,7 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
 
 
 def test_a_request_that_goes_on_forever_starves_nobody() -> None:
-    """The oldest waiting is the next admitted, though younger and smaller ones would fit."""
+    """The oldest waiting request is admitted next, even if younger and smaller ones would fit."""
     scheduler = make(num_blocks=12, max_batch=4)
     device = Device(scheduler)
     large = text(30, output=14)

@@ -60,9 +60,9 @@ def test_forward_and_gradients(path: torch.device, name: str) -> None:
     theirs, truth = (F.scaled_dot_product_attention(*tensors, **options) for tensors in (leaves, exact))
     assert_accurate(out, theirs, truth)
     one = torch.randn(out.shape[-1:], device=path)
-    grad = one.expand(out.shape)  # stride 0, as sums give
+    grad = one.expand(out.shape)  # stride 0, as the gradient of a sum has
     q, k, v = leaves
-    # One key's probability is 1 whatever the scores: their gradient is 0, which some of PyTorch's backends hit exactly.
+    # With one key its probability is always 1: the scores' gradient is 0, which some PyTorch backends give exactly.
     score = options.get("scale", q.shape[-1] ** -0.5) * largest(v @ one)
     for letter, terms, a, b, c in zip(
         "qkv",
@@ -85,7 +85,7 @@ def test_dtypes(path: torch.device, name: str, dtype: torch.dtype) -> None:
 
 
 def test_positional_arguments(path: torch.device) -> None:
-    """attn_mask, dropout_p and is_causal stand where torch has them."""
+    """attn_mask, dropout_p and is_causal have the positions that torch gives them."""
     q, k, v = inputs(path, torch.float32, CASES["gpt2"][0])
     ours = ops.scaled_dot_product_attention(q, k, v, None, 0.0, True)
     assert torch.equal(ours, ops.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True))
@@ -97,7 +97,7 @@ def test_positional_arguments(path: torch.device) -> None:
 )
 def test_nothing_is_copied(path: torch.device, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, options = CASES[name]
-    q, k, v = (t.mT.contiguous().mT[..., ::2] for t in inputs(path, torch.float32, shapes))  # no layout of our choice
+    q, k, v = (t.mT.contiguous().mT[..., ::2] for t in inputs(path, torch.float32, shapes))  # an unfavourable layout
     calls = []
 
     def spy(*tensors: Tensor, **options: object) -> Tensor:
@@ -137,7 +137,7 @@ def test_layouts(path: torch.device, layout: str) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 12, 16), (2, 3, 4, 16)], ids=["square", "more queries than keys"])
 def test_dropout(path: torch.device, shape: tuple[int, ...]) -> None:
-    """It drops whenever it is asked to, by torch's generator on the device of the query."""
+    """It drops whenever asked to, with torch's generator on the query's device."""
     q, k, v = inputs(path, torch.float32, ((2, 3, 12, 16), shape, shape))
     results = []
     for seed in (1, 1, 2):
@@ -166,7 +166,7 @@ def test_compile(path: torch.device) -> None:
 
 @pytest.mark.parametrize("heads", [(6, 2, 2), (12, 2, 3), (12, 4, 2), (2, 2, 2)])
 def test_compiles_whole_with_sizes_that_change(production: torch.device, heads: tuple[int, int, int]) -> None:
-    """The least number of heads that divides by both was asked of math.lcm, which knows no symbolic sizes."""
+    """The least common multiple of the heads used to come from math.lcm, which does not take symbolic sizes."""
     torch._dynamo.reset()
     compiled = torch.compile(ops.scaled_dot_product_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (9, 12):
@@ -176,7 +176,7 @@ def test_compiles_whole_with_sizes_that_change(production: torch.device, heads: 
 
 
 def test_equal_shapes_cost_the_host_neither_a_broadcast_nor_a_copy(production: torch.device) -> None:
-    """Each call of PyTorch takes the host 1 to 25 us, beside a kernel of about 10 at the sizes of a decoding step."""
+    """Each call of PyTorch costs the host 1 to 25 us, next to a kernel of about 10 us at decode sizes."""
     q, k, v = inputs(production, torch.float32, ((2, 3, 8, 16),) * 3)
     counted: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The server: OpenAI's protocol through OpenAI's client, limits, and what becomes of clients that misbehave."""
+"""The server: OpenAI's protocol with OpenAI's client, limits, and clients that misbehave."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tokenizer(folder: Path) -> Any:
 
 
 class Slow(Engine):
-    """An engine whose steps take their time, so that a test can do something meanwhile; told to, one fails."""
+    """An engine with slow steps, so that a test can act in the meantime; a step can be made to fail."""
 
     pause = 0.02
     fail = False
@@ -102,7 +102,7 @@ def client_of(url: str, key: str = "none") -> Any:
 def ask(
     url: str, method: str, path: str, body: bytes | str | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, Any, Any]:
-    """(status, body, headers) of one request; a JSON body is decoded."""
+    """Sends one request: (status, body, headers); a JSON body is decoded."""
     host = url.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=300)
     with contextlib.closing(connection):
@@ -133,7 +133,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def idle_and_whole(url: str) -> bool:
-    """Nothing is under way and every block is free."""
+    """Nothing is running and every block is free."""
     now = metrics(url)
     busy = ("gpt2_requests_active", "gpt2_jobs", "gpt2_sequences_running", "gpt2_sequences_waiting")
     return not any(now[name] for name in busy) and now["gpt2_cache_blocks"] == now["gpt2_cache_blocks_free"]
@@ -143,7 +143,7 @@ def idle_and_whole(url: str) -> bool:
 
 
 def test_answers_equal_the_engine(engine: Engine, model: GPT2, tokenizer: Any) -> None:
-    """n, seeds, stop, several prompts, token ids: the texts and reasons of an engine alone, and the usage."""
+    """n, seeds, stop, several prompts, token ids: texts and finish reasons as from an engine alone, and the usage."""
     alone = Engine(model, tokenizer, num_blocks=512)
     with serving(create_app(engine, "tiny")) as url, client_of(url) as client:
         assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
@@ -211,7 +211,7 @@ def test_the_stream_on_the_wire(engine: Engine) -> None:
 
 
 def test_logprobs(engine: Engine, model: GPT2, tokenizer: Any) -> None:
-    """Of prompt and output: the model's own, at their places in the text; 0 reports the chosen token alone."""
+    """Of prompt and output: the model's own, at their offsets in the text; 0 reports the chosen token alone."""
     with serving(create_app(engine, "tiny")) as url, client_of(url) as client:
         options: dict[str, Any] = dict(model="tiny", prompt="Once \u00e9", max_tokens=9, seed=5, echo=True)
         choice = client.completions.create(logprobs=3, extra_body={"return_token_ids": True}, **options).choices[0]
@@ -300,14 +300,14 @@ def test_bad_requests(shared_url: str, changes: dict[str, Any], status: int, mes
     ],
 )
 def test_harmless_fields(shared_url: str, changes: dict[str, Any]) -> None:
-    """null is the default everywhere, and what asks for nothing is no error."""
+    """null means the default everywhere, and a field that asks for nothing is not an error."""
     status, content = post(shared_url, **({"prompt": "a", "max_tokens": 3} | changes))
     assert status == 200, content
 
 
 @pytest.fixture(scope="module")
 def shared_url(folder: Path) -> Iterator[str]:
-    """The command itself, in a process of its own."""
+    """The command itself, in its own process."""
     with command("--model", str(folder)) as (_, url):
         yield url
 
@@ -331,7 +331,7 @@ def test_other_routes(shared_url: str) -> None:
 
 
 def test_64_clients_at_once(engine: Engine, model: GPT2, tokenizer: Any) -> None:
-    """Nothing is lost, and every answer is the one that an engine alone gives. By hand for a minute: serving.py."""
+    """Nothing is lost, and every answer is that of an engine alone. By hand for a minute: serving.py."""
     alone = Engine(model, tokenizer, num_blocks=512)
     with serving(create_app(engine, "tiny")) as url:
         done = asyncio.run(load(url, "tiny", cases(alone, PROMPTS, 16, count=20), clients=64, seconds=0.5))
@@ -381,7 +381,7 @@ def test_1000_fuzzed_requests(shared_url: str) -> None:
             note(*ask(shared_url, "POST", path, text)[:2])
         elif kind == 4:  # JSON that breaks off
             note(*ask(shared_url, "POST", path, text[: generator.randrange(len(text))])[:2])
-        elif kind == 5:  # bytes that are no text
+        elif kind == 5:  # bytes that are not text
             note(*ask(shared_url, "POST", path, generator.randbytes(generator.randrange(1, 3000)))[:2])
         elif kind == 6:  # deep, long, odd
             body = generator.choice(("[" * 50_000, '{"prompt":' * 5000, "9" * 5000, '{"n":1e999}', "\ufeff{}", "null"))
@@ -389,7 +389,7 @@ def test_1000_fuzzed_requests(shared_url: str) -> None:
         elif kind == 7:  # wrong content types and methods
             method, headers = generator.choice((("POST", {"content-type": "text/plain"}), ("PUT", {}), ("DELETE", {})))
             note(*ask(shared_url, method, path, text, headers)[:2])
-        elif kind == 8 and number % 100 == 8:  # 10 MB, with its length told or in chunks
+        elif kind == 8 and number % 100 == 8:  # 10 MB, with a declared length or in chunks
             body = b'{"prompt": "' + b"a" * 10_000_000
             status, content, _ = ask(shared_url, "POST", path, body if number % 200 == 8 else iter([body]))
             assert status == 413, (status, content)
@@ -403,7 +403,7 @@ def test_1000_fuzzed_requests(shared_url: str) -> None:
 
 
 def abrupt(url: str, generator: random.Random, body: str) -> None:
-    """Leave in the middle of a request, right after it, in the middle of the answer, or speak no HTTP at all."""
+    """Leaves in the middle of a request, right after it, in the middle of the answer, or speaks no HTTP at all."""
     host, _, port = url.removeprefix("http://").partition(":")
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
     content = f"{head}content-length: {len(body)}\r\n\r\n{body}".encode()
@@ -443,7 +443,7 @@ def test_limits(slow: Slow) -> None:
     limits = Limits(body_bytes=1000, body_seconds=0.3, requests=2, seconds=1.0)
     on = {"ignore_eos": True}
     endless: dict[str, Any] = dict(prompt="a", max_tokens=120) | on
-    slow.pause = 0.1  # 12 s for 120 tokens, or 1.6 s on a GPU, which makes eight of them a step
+    slow.pause = 0.1  # 12 s for 120 tokens, or 1.6 s on a GPU, which makes eight per step
     with serving(create_app(slow, "tiny", limits=limits)) as url, client_of(url) as client:
         assert post(url, prompt="a" * 2000)[0] == 413
         with socket.create_connection((url.split("/")[2].split(":")[0], int(url.rsplit(":")[-1])), timeout=300) as one:
@@ -470,8 +470,8 @@ def test_limits(slow: Slow) -> None:
 
 
 def test_stopped_with_requests_at_work(slow: Slow, capfd: pytest.CaptureFixture[str]) -> None:
-    """All are told, and nothing is logged."""
-    slow.pause = 0.1  # uvicorn's own way would wait for its 2 s of the 12, and cancel
+    """All clients are told, and nothing is logged."""
+    slow.pause = 0.1  # uvicorn's own shutdown would wait for 2 s of the 12, then cancel
     answers: list[Any] = []
     with serving(create_app(slow, "tiny")) as url:
         assert post(url, prompt="a", max_tokens=2)[0] == 200
@@ -505,7 +505,7 @@ def test_a_failing_step_is_told_and_survived(slow: Slow) -> None:
 
 
 def test_the_warm_up_decodes(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first token comes with the prompt: with one alone the first client would wait for the kernels of decoding."""
+    """The first token comes from prefill: if it were the only one, the first client would wait for decode kernels."""
     steps: list[int] = []
     run = Decoder.run
     monkeypatch.setattr(Decoder, "run", lambda self, count: steps.append(count) or run(self, count))
@@ -514,7 +514,7 @@ def test_the_warm_up_decodes(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_lost_gpu_ends_the_engine(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it takes no more work nothing would succeed again, and /health says so; other errors are survived."""
+    """Once the GPU takes no more work nothing can succeed, and /health says so; other errors are survived."""
     synchronized: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
     gpu = torch.device("cuda", 1)
@@ -550,7 +550,7 @@ def test_a_key(engine: Engine) -> None:
         for path in ("/v1/models", "/metrics", "/explorer/model", "/nowhere"):
             status, content, headers = ask(url, "GET", path)
             assert status == 401 and "bearer key" in str(content) and headers["www-authenticate"] == "Bearer"
-        assert post(url, prompt="a" * 2_000_000)[0] == 401  # the body is not what it is judged by
+        assert post(url, prompt="a" * 2_000_000)[0] == 401  # the body is not even considered
         for given in ("Bearer sesame", "bearer sesame", "BEARER sesame"):
             assert ask(url, "GET", "/v1/models", headers={"authorization": given})[0] == 200
         for given in ("Bearer Sesame", "Bearersesame", "Bearer", "Basic sesame", "sesame", " sesame", ""):
@@ -563,7 +563,7 @@ def test_a_key(engine: Engine) -> None:
 
 
 def test_other_web_pages(engine: Engine) -> None:
-    """CORS is off unless an origin is named; a form of another page, and a name made to point here, are refused."""
+    """CORS is off unless an origin is named; another page's form, and DNS rebinding, are refused."""
     origin = {"origin": "https://example.org"}
     preflight = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
     with serving(create_app(engine, "tiny", hosts=("127.0.0.1",))) as url:
@@ -621,7 +621,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_a_key_from_a_file(tmp_path: Path) -> None:
-    """Where other users of the machine cannot read it off the list of processes."""
+    """So that other users of the machine cannot read it in the process list."""
     (tmp_path / "key").write_text("open sesame\n")
     assert explorer._key(f"@{tmp_path / 'key'}") == "open sesame"
     assert explorer._key("plain") == "plain" and explorer._key(None) is None

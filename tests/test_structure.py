@@ -1,4 +1,4 @@
-"""What keeps the code easy to find one's way in: one direction of imports, no import-time work, no clash of names."""
+"""What keeps the code easy to navigate: imports in one direction, no import-time work, no name clashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRAPPERS = ("sdpa", "modules")  # no kernels of their own: they import the opera
 TOOLS = ("_trial", "_fused", "dropin", "explanation", "env_report", "warmup")  # on top of both
 OP_FILES = sorted(p.stem for p in KERNELS.glob("*.py") if p.stem not in (*FOUNDATION, *WRAPPERS, *TOOLS, "__init__"))
 
-# Each may import those before it, and nothing else of the package.
+# Each may import those before it, and nothing else from the package.
 MODEL_ORDER = (
     "config", "profiling", "blocks", "text", "sampling", "recipe", "device", "weights", "tokenizer", "reference",
     "layer", "model", "parallel", "scheduler", "request", "cache", "decode", "engine", "data", "checkpoint", "trainer",
@@ -29,7 +29,7 @@ MODEL_ORDER = (
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports, wherever in it the statement stands."""
+    """Dotted names that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -106,7 +106,7 @@ def test_every_operator_has_a_reference_and_a_test() -> None:
 
 
 def test_kernels_is_no_package() -> None:
-    """`kernels` is the import name of another package, which transformers imports: ours must never answer to it."""
+    """`kernels` is the import name of another package, which transformers imports: our folder must never take it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

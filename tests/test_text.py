@@ -65,7 +65,7 @@ def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stop: list[s
     text = data.decode("utf-8")
     out, stream = pieces(data, tuple(stop))
     assert "".join(out) == stream.text
-    # A stream stops at the stop string that is complete first; of several, at the one that starts first.
+    # A stream stops at the stop string completed first; of several, at the one that starts first.
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     if not ends:
         assert stream.text == text and not stream.stopped
@@ -76,7 +76,7 @@ def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stop: list[s
 
 
 def test_many_tokens_at_once_are_the_same_tokens_one_by_one() -> None:
-    """Characters cut by tokens, stop strings cut by tokens and by chunks, refused chunks left untouched."""
+    """Characters split over tokens, stop strings split over tokens and chunks, refused chunks left untouched."""
     tokenizer = load_tokenizer("storybook")
     tokens = tokenizer.encode("Once upon a time — the bear said: “no”, and 🐻 went\n\nhome.")
     for stop in ((), ("went\n\nh",), ("zzz", "said: “"), ("🐻",), ("no match",)):

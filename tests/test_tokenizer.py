@@ -37,7 +37,7 @@ TEXTS = [
     "def f(x):\n    return x**2  # ünïcode",
 ]
 
-# What both sides' Unicode tables know; lone surrogates are no text.
+# Characters in both sides' Unicode tables; lone surrogates are not text.
 unicode_text = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=40)
 word_text = st.lists(
     st.sampled_from(
@@ -73,7 +73,7 @@ def test_gpt2_ids_are_the_published_ones(name: str, gpt2_cache: Path) -> None:
 
 
 def test_gpt2_equals_the_tokenizers_library(gpt2_cache: Path, tmp_path: Path) -> None:
-    """Both presets' way and a folder's, on the published files themselves."""
+    """By preset and by folder, on the published files themselves."""
     tokenizers = pytest.importorskip("tokenizers")
     files = [path for path in gpt2_cache.iterdir() if path.is_file()]
     vocab = next((p for p in files if p.read_bytes()[:1] == b"{"), None)
@@ -106,7 +106,7 @@ def test_an_absent_vocabulary_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_vocabulary_is_learned_from_the_documents_alone(tmp_path: Path) -> None:
-    """Neither from a byte-order mark nor from the lines between documents, however many there are."""
+    """Not from a byte-order mark, nor from the marks between documents, however many there are."""
     pytest.importorskip("tokenizers")
     documents = ["the cat sat on the mat", "a dog sat\non a log"] * 10
     learned = []
@@ -173,7 +173,7 @@ def test_a_folder_equals_the_tokenizers_library(position: str, write: Callable[.
 
 
 def test_merges_as_pairs_or_as_text(tmp_path: Path) -> None:
-    """tokenizer.json held merges as "a b" until 2024 and holds ["a", "b"] since."""
+    """tokenizer.json held merges as "a b" until 2024, and as ["a", "b"] since."""
     library = learn("first")
     write_tokenizer_json(library, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -196,7 +196,7 @@ def test_merges_as_pairs_or_as_text(tmp_path: Path) -> None:
     ],
 )
 def test_a_tokenizer_json_that_is_not_gpt2s_is_refused(path: str, value: Any, tmp_path: Path) -> None:
-    """Read as GPT-2's it would give other tokens than its model was trained with, without a word."""
+    """Read as GPT-2's, it would silently give other tokens than its model was trained with."""
     write_tokenizer_json(learn("first"), tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     *parents, key = path.split(".")
@@ -209,7 +209,7 @@ def test_a_tokenizer_json_that_is_not_gpt2s_is_refused(path: str, value: Any, tm
         load_tokenizer(tmp_path)
 
 
-# Folders written by hand: what is wrong is said, with the file's name.
+# Folders written by hand: errors say what is wrong, with the file's name.
 
 
 def handmade(folder: Path, vocab: dict[str, Any] | None = None, merges: str = "a b\nab c\n") -> None:
@@ -346,7 +346,7 @@ def test_a_presets_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.M
 
 
 def byte_pair_encoding(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """The definition: merge the neighbours whose union has the lowest rank, the leftmost first, until none has one."""
+    """By definition: merge the neighbours whose union has the lowest rank, leftmost first, until no union has one."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         rank, i = min((ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)))

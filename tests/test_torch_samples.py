@@ -1,7 +1,7 @@
-"""PyTorch's own samples for the operators that ours stand for, through ours: forward and gradients against float64.
+"""PyTorch's own samples for the operators that ours replace, run through ours: forward and gradients against float64.
 
-The samples are those by which PyTorch tests itself (OpInfo). What is run, what is left out and why is a table here:
-a sample that is dropped without a word, or for a reason that is not listed, fails.
+The samples are those that PyTorch tests itself with (OpInfo). A table here says what is run, what is left out and why:
+a sample that is silently dropped, or for a reason that is not listed, fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import gpt2_kernels as ops
 
-pytest.importorskip("expecttest")  # which PyTorch's samples import
+pytest.importorskip("expecttest")  # PyTorch's samples import it
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 from torch.testing._internal.opinfo.core import SampleInput  # noqa: E402
 
@@ -29,13 +29,13 @@ class Work(NamedTuple):
     ours: Callable[..., Tensor]
     theirs: Callable[..., Tensor]  # also the truth, on float64 tensors
     leaves: list[Tensor]
-    # of the leaves and the incoming gradient, all float64: how large are the terms that cancel in the result and in the
-    # gradient of each leaf
+    # of the leaves and the incoming gradient, all float64: the size of the terms that cancel in the result and in each
+    # leaf's gradient
     terms: Callable[..., list[float]] = lambda *_: [0.0] * 4
 
 
 class Skip(NamedTuple):
-    """A sample that ours does not take: why, and the call that must then raise."""
+    """A sample that ours does not take: the reason, and the call that must then raise."""
 
     reason: str
     call: Callable[[], Any]
@@ -57,7 +57,7 @@ def layer_norm(sample: SampleInput) -> Work | Skip:
         return [0.0, largest(rstd, *rest), largest(x, rstd, rest[-1]), 0.0]
 
     if len(shape) > 1:
-        # The operator takes one axis: they are merged by hand.
+        # The operator takes one axis: several are merged by hand.
         if options["eps"] < 0:
             return Skip("negative eps", lambda: ops.layer_norm(sample.input, weights[0][0], weights[1][0], **options))
         merged = len(shape)
@@ -94,7 +94,7 @@ def attention(sample: SampleInput) -> Work | Skip:
             leaves,
             terms,
         )
-    # Other elements are dropped than PyTorch drops. With values from the identity the same seed shows which.
+    # PyTorch drops other elements than ours. With values from the identity, the same seed shows which.
     seed, S = 7, leaves[2].shape[-2]
 
     def dropped(*tensors: Tensor) -> Tensor:
@@ -156,8 +156,8 @@ def cross_entropy(sample: SampleInput) -> Work | Skip:
     )
 
 
-# operator of PyTorch -> how a sample of it is put to ours, samples run at least, samples left out at most and why. The
-# counts are the most of torch 2.11 to 2.15.
+# PyTorch operator -> how ours runs a sample of it, the least samples run, the most samples left out and why. The counts
+# are the largest of torch 2.11 to 2.15.
 OPERATORS: dict[str, tuple[Callable[[SampleInput], Work | Skip], int, dict[str, int]]] = {
     "nn.functional.layer_norm": (layer_norm, 5, {"negative eps": 1}),
     "nn.functional.scaled_dot_product_attention": (attention, 24, {"arbitrary mask": 1}),

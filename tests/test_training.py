@@ -1,4 +1,4 @@
-"""The trainer against a plain PyTorch loop, against itself interrupted, and in all that may go wrong."""
+"""The trainer against a plain PyTorch loop, against itself interrupted, and in everything that may go wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _production(production: torch.device) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of two layers with a tokenizer of 288 tokens: its shape is what most tests train."""
+    """A model of two layers with a tokenizer of 288 tokens; most tests train a model of this shape."""
     return str(random_checkpoint(tmp_path_factory.mktemp("model"), tiny_config(), tokenizer=True))
 
 
@@ -90,7 +90,7 @@ def trainer(text: str, folder: str, **changes: Any) -> Trainer:
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    """Weights, moments and random state of two checkpoints, bit for bit."""
+    """Two checkpoints have equal weights, moments and random state, bit for bit."""
     first, second = (GPT2.from_pretrained(path, device="cpu").state_dict() for path in (a, b))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -111,7 +111,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def test_the_losses_are_those_of_a_plain_loop(text: str, folder: str) -> None:
     """ReferenceGPT2, torch's own loss, AdamW and schedule, one batch at a time; ours divides each batch in two.
 
-    24 steps pass the border between two passes over the data; 1e-4 is ten times what float32 was seen to differ by.
+    24 steps cross from one pass over the data to the next; 1e-4 is ten times the difference seen in float32.
     """
     ours = trainer(text, folder, steps=24, micro_batch=2, warmup=4, clip=0.5)
     theirs = ReferenceGPT2(ours.config)
@@ -138,7 +138,7 @@ def test_the_losses_are_those_of_a_plain_loop(text: str, folder: str) -> None:
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_a_divided_batch_has_the_gradient_of_the_whole(text: str, folder: str, micro: int) -> None:
-    """Also where windows have unequal numbers of targets: the last of a pass has fewer."""
+    """Even when windows have unequal numbers of targets: the last of a pass has fewer."""
     whole, parts = trainer(text, folder), trainer(text, folder, micro_batch=micro)
     count = whole.windows.count
     last = next(n for n in range(count) if whole.windows.targets(n, 1) < 16)
@@ -162,7 +162,7 @@ def test_muon_takes_the_matrices_of_the_blocks(text: str, folder: str) -> None:
 
 
 def test_bfloat16_computes_with_rounded_weights_and_updates_float32(text: str, folder: str) -> None:
-    """Its loss is that of the rounded model; a hundred small updates, each below half a bfloat16, do not vanish."""
+    """The loss is the rounded model's; a hundred updates, each too small for bfloat16's precision, do not vanish."""
     ours = trainer(text, folder, dtype="bfloat16", lr=1e-5, steps=1000, warmup=0)
     assert all(p.dtype == torch.float32 for p in ours.parameters.values())
     rounded = ours.snapshot()
@@ -211,7 +211,7 @@ def test_evaluation_is_the_mean_over_all_tokens(text: str, folder: str) -> None:
 def test_a_run_makes_a_model_that_transformers_loads(
     capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path
 ) -> None:
-    """By the command; what it writes, what it says, and the folder that the other commands take."""
+    """Through the command: what it writes, what it prints, and a folder that the other commands take."""
     out = tmp_path / "run"
     status, err = run(capsys, text, folder, out, val_data=text, save_every=3, log_every=2, keep=1)
     assert status == 0, err
@@ -246,7 +246,7 @@ def test_a_run_makes_a_model_that_transformers_loads(
 def test_an_interrupted_run_goes_on_bit_for_bit(
     capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Interrupted by SIGTERM in the midst, after a step that no checkpoint was due at; over a border of passes."""
+    """Interrupted by SIGTERM in the middle, after a step at which no checkpoint was due; across two passes."""
     options = dict(steps=20, save_every=8, log_every=1, keep=9, **changes)
     assert run(capsys, text, folder, tmp_path / "clean", **options)[0] == 0
 
@@ -289,7 +289,7 @@ def test_sigterm_saves_and_ends(text: str, folder: str, tmp_path: Path) -> None:
 def test_killed_again_and_again_it_ends_at_the_same_weights(
     capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill -9 at moments of no account, ten times; what is left behind is gone on from.
+    """kill -9 at arbitrary moments, ten times; each run resumes from what the last one left behind.
 
     A server that has imported the trainer forks the processes, since importing takes longer than they live.
     """
@@ -325,7 +325,7 @@ def test_killed_again_and_again_it_ends_at_the_same_weights(
 def test_resume_starts_afresh_and_ends_at_once(
     capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path
 ) -> None:
-    """Where there is no checkpoint, and where the run is finished; more steps continue a finished one."""
+    """Without a checkpoint, and when the run is finished; more steps continue a finished one."""
     out = tmp_path / "run"
     assert run(capsys, text, folder, out, resume=True)[0] == 0
     before = (out / "final" / "model.safetensors").stat().st_mtime_ns
@@ -358,7 +358,7 @@ def test_another_recipe_is_refused_on_resuming(
 
 
 def test_init_trains_a_model_on(capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path) -> None:
-    """At rate 0 the result is the start; the tokenizer and the shape are the folder's."""
+    """At learning rate 0 the result is the initial model; tokenizer and shape are the folder's."""
     status, err = run(capsys, text, "unused", tmp_path, init=folder, model=False, lr=0, steps=1)
     assert status == 0, err
     before, after = (GPT2.from_pretrained(f, device="cpu").state_dict() for f in (folder, tmp_path / "final"))
@@ -382,7 +382,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
 def test_lines_of_the_metrics_that_are_damaged_are_left_out_and_said(
     capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path
 ) -> None:
-    """What is whole stays as it is, a line separator in a sample too."""
+    """Intact lines stay as they are, even with a line separator in a sample."""
     assert run(capsys, text, folder, tmp_path, log_every=1)[0] == 0
     metrics = tmp_path / "metrics.jsonl"
     before = metrics.read_bytes() + '{"step": 6, "sample": "a\u2028b"}\n'.encode()
@@ -408,7 +408,7 @@ def test_another_number_of_processes_is_said(
 def test_the_first_step_is_in_no_rate(
     capsys: pytest.CaptureFixture[str], text: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It compiles, for minutes perhaps. Here it takes an hour, and each of the others a second."""
+    """It compiles, perhaps for minutes. Here it takes an hour, and each of the others a second."""
     clock = [0.0]
     update = Trainer.update
 
@@ -448,7 +448,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
 
 
 def test_a_disk_that_fills_up_loses_nothing(text: str, folder: str, tmp_path: Path) -> None:
-    """A process whose files may have no more than 250 kB: the weights fit, the moments do not."""
+    """A process with a file size limit of 250 kB: the weights fit, the moments do not."""
     import resource
 
     def limit() -> None:
@@ -500,7 +500,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
 
 
 def test_flops_are_those_of_the_products() -> None:
-    """Counted matrix by matrix for the 124M shape, forward and twice as much backward."""
+    """Counted matrix by matrix for the 124M shape: forward, and twice as much backward."""
     from gpt2.config import PRESETS
 
     c, layers, vocabulary, t = 768, 12, 50257, 1024
@@ -510,7 +510,7 @@ def test_flops_are_those_of_the_products() -> None:
 
 
 def test_compiled_training_has_the_same_losses(text: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one graph, traced with its gradients; what inductor makes of it is PyTorch's affair, and takes a minute."""
+    """In one graph, traced with its gradients; inductor's part is PyTorch's business, and would take a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     plain, compiled = trainer(text, folder), trainer(text, folder, compile=True)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Reading and writing model folders: every format, and every way in which a folder can be wrong."""
+"""Reading and writing model folders: every format, and every way a folder can be wrong."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def assert_same(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype
         assert torch.equal(parameters[name], turned.to(dtype)), name
 
 
-# Formats: one writer each. Names carry the prefix or do not.
+# Formats: one writer each. Names may or may not have the prefix.
 
 
 def write_safetensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -53,7 +53,7 @@ def write_bin(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_old_bin(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """As torch wrote before 1.6, and as the published pytorch_model.bin files are."""
+    """The format of torch before 1.6, and of the published pytorch_model.bin files."""
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
 
 
@@ -97,7 +97,7 @@ def write_config(folder: Path, config: GPT2Config = CONFIG) -> None:
 def test_formats(write: Writer, prefix: str, extras: bool, tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG)
     stored = {prefix + name: tensor for name, tensor in tensors.items()}
-    if extras:  # what older files carry besides
+    if extras:  # further tensors in older files
         for layer in range(2):
             stored[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()
             stored[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
@@ -145,7 +145,7 @@ class Buffered(ReferenceGPT2):
 
 def test_buffers_are_right_and_ties_stay(tmp_path: Path) -> None:
     folder = random_checkpoint(tmp_path, CONFIG)
-    with torch.device("meta"):  # of the caller; parameters and buffers are real nevertheless
+    with torch.device("meta"):  # set by the caller; parameters and buffers are real nevertheless
         model = weights.load(Buffered, folder, device="cpu", dtype=torch.bfloat16)
     assert torch.equal(model.angles, (torch.arange(8) / 8).bfloat16())
     assert torch.equal(model.mask, torch.ones(4, 4, dtype=torch.bool).tril())
@@ -158,7 +158,7 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     load(folder)
     assert torch.equal(torch.get_rng_state(), before)
-    torch.nn.init.normal_(fresh := torch.zeros(8))  # and leaves them to everybody else
+    torch.nn.init.normal_(fresh := torch.zeros(8))  # and random numbers still work for everybody else
     assert fresh.std() > 0
 
 
@@ -250,7 +250,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
 
 
 def test_a_number_of_blocks_that_cannot_be_listed_is_refused_at_once(tmp_path: Path) -> None:
-    """A thousand are listed; ten to the ninth would be built up in memory until there is none."""
+    """A list of a thousand is fine; one of ten to the ninth would use up the memory."""
     for layers, message in ((1000, "11976 missing"), (10**9, "json: n_layer is 1000000000, and there are 28 tensors")):
         write_config(tmp_path, tiny_config(n_layer=layers))
         write_safetensors(tmp_path, random_tensors(CONFIG))
@@ -337,7 +337,7 @@ def test_a_pickle_that_runs_code_is_refused(protocol: Any, tmp_path: Path) -> No
     ):
         load(tmp_path)
     assert not (tmp_path / "mark").exists()
-    if protocol == 2:  # the file does what it says, where it is let
+    if protocol == 2:  # the file does run its code where it is allowed to
         pickle.loads(path.read_bytes())
         assert (tmp_path / "mark").exists()
 
@@ -430,7 +430,7 @@ def test_storybook_is_whole() -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A huggingface_hub that asks nobody: `hub.answer` is the folder, or the exception."""
+    """A huggingface_hub without a network: `hub.answer` is the folder, or the exception."""
     state = types.SimpleNamespace(calls=[], answer=None)
 
     def snapshot_download(repository: str, **options: Any) -> str:
@@ -506,7 +506,7 @@ def test_transformers_loads_what_we_write(changes: dict[str, Any], tmp_path: Pat
     config = tiny_config(**changes)
     model = load(random_checkpoint(tmp_path / "random", config), dtype=torch.float64)
     weights.save(model, config, tmp_path / "ours")
-    theirs = transformers_model(tmp_path / "ours", dtype="auto")  # asserts: no key missing, none unexpected
+    theirs = transformers_model(tmp_path / "ours", dtype="auto")  # asserts that no key is missing or unexpected
     assert theirs.dtype == torch.float64
     tokens = random_tokens(config, 2, 30)
     with torch.no_grad():
@@ -539,7 +539,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are those of POSIX")
 def test_others_may_read_what_we_write(tmp_path: Path) -> None:
-    """safetensors writes files for the owner alone; a shared folder of models is then of no use."""
+    """safetensors writes files that only the owner may read, which makes a shared model folder useless."""
     weights.save(ReferenceGPT2(CONFIG), CONFIG, tmp_path / "model")
     modes = {stat.S_IMODE((tmp_path / "model" / n).stat().st_mode) for n in ("config.json", "model.safetensors")}
     (tmp_path / "plain").touch()
@@ -567,7 +567,7 @@ def test_shapes_are_those_of_the_model(config: GPT2Config) -> None:
 
 
 def nanogpt_checkpoint(path: Path, vocab_size: int = 60, *, bias: bool = True, prefix: str = "", **changes: Any) -> Any:
-    """What nanoGPT's train.py saves, of a model in nanoGPT's own code; that model."""
+    """Writes what nanoGPT's train.py saves, from a model in nanoGPT's own code; returns that model."""
     import nanogpt
 
     arguments = dict(n_layer=2, n_head=2, n_embd=32, block_size=48, bias=bias, vocab_size=vocab_size, dropout=0.0)
@@ -593,7 +593,7 @@ def nanogpt_checkpoint(path: Path, vocab_size: int = 60, *, bias: bool = True, p
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])  # of a compiled model
 @pytest.mark.filterwarnings("ignore:.*is not GPT-2's")
 def test_nanogpt_logits(tmp_path: Path, bias: bool, prefix: str) -> None:
-    """By the file or by its folder: the logits of nanoGPT's own code, whose GELU is the erf form."""
+    """From the file or its folder: the logits of nanoGPT's own code, whose GELU is the erf form."""
     theirs = nanogpt_checkpoint(tmp_path / "out" / "ckpt.pt", bias=bias, prefix=prefix)
     tokens = torch.randint(60, (2, 11))
     for path in (tmp_path / "out", tmp_path / "out" / "ckpt.pt"):
@@ -604,7 +604,7 @@ def test_nanogpt_logits(tmp_path: Path, bias: bool, prefix: str) -> None:
 
 
 def test_nanogpt_padded_vocabulary(tmp_path: Path) -> None:
-    """Rows past 50257 stand for no token: they are left out, and can never be generated; the tokenizer is GPT-2's."""
+    """Rows past 50257 stand for no token: they are dropped, so never generated; the tokenizer is GPT-2's."""
     theirs = nanogpt_checkpoint(tmp_path / "ckpt.pt", 50304)
     model = ReferenceGPT2.from_pretrained(tmp_path, device="cpu")
     assert model.config.vocab_size == 50257 and model.config.eos_token_id == 50256

@@ -15,7 +15,7 @@ def assert_accurate(
     """max|ours - truth| <= factor * max|theirs - truth| + a floor relative to the largest true value.
 
     `theirs` is PyTorch's answer in the dtype of `ours`, `truth` the answer in float64. The floor is for cases in which
-    PyTorch happens to be nearly exact: one rounding of the store in a half precision; in float32, where sums in another
+    PyTorch happens to be nearly exact: in half precision, one rounding of the store; in float32, where sums in another
     order are legal, four units in the last place. Where large terms cancel, the floor is relative to `terms`, the
     largest of them: the derivative of a saturated softmax is what rounding leaves of them.
     """
@@ -33,5 +33,5 @@ def assert_accurate(
 
 
 def wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same values in float64, as new leaves that want gradients where the originals do."""
+    """The same values in float64, as new leaves that require gradients where the originals do."""
     return tuple(None if t is None else t.detach().double().clone().requires_grad_(t.requires_grad) for t in tensors)
