@@ -1,11 +1,11 @@
-"""`apply`: the operators put into somebody else's model, instance by instance, and taken out again.
+"""`apply`: replaces modules of an existing model by our operators, instance by instance, reversibly.
 
-A module is recognised by its exact type, or by its shape where it is written after nanoGPT; its *class* is then
-exchanged for one made of a forward from here and the class it had. Parameters, buffers, hooks, attribute names and
+A module is recognised by its exact type, or by its shape if it is modelled on nanoGPT. Its *class* is then exchanged
+for one that combines a forward from here with the class it had. Parameters, buffers, hooks, attribute names and
 `isinstance` stay as they were, so state_dict, copy.deepcopy, pickle, DDP, optimizers, autocast, checkpointing and
-torch.compile see the same model; no class of anybody's is changed. What cannot be computed exactly is left alone, and
-the report says why. Where a single call asks for what the operators do not do (attention weights, a mask of its own,
-a hook or an adapter put on an inner layer afterwards), the module's own forward serves that call.
+torch.compile see the same model, and no existing class is modified. What cannot be computed exactly is left alone, and
+the report says why. If a single call asks for something the operators do not do (attention weights, a mask of its own,
+a hook or an adapter added to an inner layer afterwards), the module's own forward serves that call.
 
 Above the operator files, like `modules`; transformers' modules are in `integrations.transformers`.
 """
@@ -28,7 +28,7 @@ from gpt2_kernels.sdpa import scaled_dot_product_attention
 
 
 def _beyond_ours(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's layer norm takes what ours does not: float64, or float32 weights on bfloat16 activations."""
+    """Whether only torch's layer norm takes these dtypes: float64, or float32 weights with bfloat16 activations."""
     mixed = weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
     return mixed or x.dtype not in _check.DTYPES
 
@@ -48,7 +48,7 @@ class FusedLayerNorm(Fused):
 
 
 class FusedMultiheadAttention(Fused):
-    """Without weights, and with no mask or one that is said to be causal; all other calls are torch's own."""
+    """Serves calls without attention weights and with no mask or a causal one; torch's own forward serves the rest."""
 
     by = "attention (torch's own for calls with need_weights, padding, or a mask that is not causal)"
     in_proj_weight: Tensor | None
@@ -95,7 +95,7 @@ class FusedMultiheadAttention(Fused):
 
 
 class FusedTransformerEncoderLayer(Fused):
-    """The layer's own modules, called one by one: torch's inference path would pass by those that were replaced."""
+    """Calls the layer's modules one by one: torch's fused inference path would bypass those that were replaced."""
 
     by = "its replaced parts, and gelu_mlp where the activation is GELU"
     self_attn: nn.MultiheadAttention
@@ -149,7 +149,7 @@ class FusedTransformerEncoderLayer(Fused):
 
 
 def _gelu_form(activation: Any) -> str | None:
-    """ "none" (erf) or "tanh" where an activation is GELU, else None."""
+    """ "none" (erf) or "tanh" if the activation is a GELU, else None."""
     if activation is F.gelu:
         return "none"
     return activation.approximate if type(activation) is nn.GELU else None
@@ -217,7 +217,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _NOT_NANO = ("torch.", "transformers.", "gpt2_kernels", "gpt2.")  # packages whose modules are known by their type
 
 
-# What their forwards call of PyTorch, beside what changes shapes alone: all that `_trial` lets pass.
+# The PyTorch functions that nanoGPT's forwards call, besides those that only change shapes; `_trial` allows no others.
 _NORM_CALLS = ("layer_norm", "mean", "var", "add", "sub", "mul", "div", "pow", "__pow__", "sqrt", "rsqrt")
 _MLP_CALLS = ("linear", "gelu", "dropout", "add", "mul", "div", "pow", "__pow__", "tanh", "erf")
 _ATTENTION_CALLS = (
@@ -226,14 +226,14 @@ _ATTENTION_CALLS = (
 
 
 def _of_class(kind: type) -> set[str]:
-    """The attributes that the classes of a module's own give it, apart from methods and what Python keeps there."""
+    """Data attributes that a module gets from its own classes, not from nn.Module."""
     own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
     found = {name: value for base in own for name, value in vars(base).items() if not name.startswith("__")}
     return {name for name, value in found.items() if not callable(value) and not hasattr(value, "__get__")}
 
 
 def _nano(module: Any, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | str | None:
-    """Modules named and shaped like nanoGPT's; that they mean the same is not assumed but tried, by `_trial`."""
+    """Modules named and shaped like nanoGPT's; that they compute the same is not assumed but tested, by `_trial`."""
     name, children = type(module).__name__.lower(), dict(module._modules)
     attributes = set(vars(module)) - _OF_EVERY_MODULE
     known: set[str]
@@ -282,7 +282,7 @@ def _nano(module: Any, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | st
 
 
 def _tried(module: Any, candidates: tuple[type[Fused], ...], calls: tuple[str, ...]) -> type[Fused] | str:
-    """The candidate that computes what the module does, or what it does instead."""
+    """The candidate that computes the same as the module, or else how the module differs."""
     heads = module.n_head if FusedNanoAttention in candidates else None
     scales = (1.0, 3e-3) if heads else (1.0, 3e-3, 30.0, 1e4)  # small ones show an epsilon, and a softmax of large
     other = "it is shaped like nanoGPT's module, but computes something else"  # scores rounding alone
@@ -316,8 +316,8 @@ def _torch_module(module: Any) -> type[Fused] | str | None:
 
 
 def recognise(module: nn.Module, model: nn.Module, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | str | None:
-    """The class to put before the own one of a module of `model`, or why it is left, or None where it is no kind that
-    concerns us."""
+    """The replacement class for a module of `model`, or why the module is left alone, or None if it is of no kind that
+    `apply` replaces."""
     kind = type(module)
     found: type[Fused] | str | None = _torch_module(module)
     if found is None and kind.__module__.startswith("transformers."):
@@ -378,21 +378,21 @@ class Handle:
     report: Report
 
     def revert(self) -> None:
-        """Give every module of the model that `apply` replaced, at any time, the class that it had before."""
+        """Give every module of the model that any `apply` replaced its former class back."""
         for module in list(self.model.modules()):
             if isinstance(module, Fused):
                 module.uninstall(self.model)
 
 
 def apply(model: nn.Module) -> Handle:
-    """Put the operators into `model`, in place, and say what was replaced and what was left, and why.
+    """Replace modules of `model` by our operators, in place, and report what was replaced, what was left, and why.
 
-    Known are torch.nn.LayerNorm, MultiheadAttention and TransformerEncoderLayer, transformers' GPT-2 MLP and attention,
-    and modules written after nanoGPT's LayerNorm, MLP and CausalSelfAttention. Only this instance is touched: classes,
-    parameters, buffers, hooks and state_dict keys stay as they are, so it may be called before or after an optimizer,
-    DDP or torch.compile saw the model, and twice does no more than once. A deep copy of the model keeps what was done.
-    Results are those of the modules replaced, up to rounding; dropout drops at the same rate, not the same elements.
-    Raises ValueError where `model` is not an nn.Module.
+    Known modules are torch.nn.LayerNorm, MultiheadAttention and TransformerEncoderLayer, transformers' GPT-2 MLP and
+    attention, and modules modelled on nanoGPT's LayerNorm, MLP and CausalSelfAttention. Only this instance changes:
+    classes, parameters, buffers, hooks and state_dict keys stay as they are, so it may be called before or after an
+    optimizer, DDP or torch.compile has seen the model. A second call changes nothing; a deep copy keeps the
+    replacements. Results are those of the replaced modules, up to rounding; dropout has the same rate, but drops other
+    elements. Raises ValueError if `model` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         _check.fail("apply", "model must be a torch.nn.Module", type(model).__name__)

@@ -354,10 +354,10 @@ OPS["gelu_mlp"] = "products"  # two of them
 def _parameter_gradients(
     ctx: Any, at: int, dy: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dweight = dy^T x and dbias, where inputs `at` and `at` + 1 of the function want them; added in float32.
+    """dweight = dy^T x and dbias, if inputs `at` and `at` + 1 of the function need them; accumulated in float32.
 
-    dweight lies as the weight does: one that lies (K, N), as transformers' GPT-2 keeps it, would have the other order
-    copied, element by element, into its .grad.
+    dweight has the memory layout of the weight: for a weight stored (K, N), as in transformers' GPT-2, any other layout
+    would be copied, element by element, into its .grad.
     """
     dweight = None
     if ctx.needs_input_grad[at]:
@@ -398,7 +398,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _GeluMLP(torch.autograd.Function):
-    """Keeps both the input and the output of the GELU, 2 M I s bytes a layer, so that nothing is computed again."""
+    """Saves both the input and the output of the GELU, 2 M I s bytes per layer, so that nothing is recomputed."""
 
     @staticmethod
     def forward(
@@ -461,11 +461,11 @@ def linear(
     """activation(x weight^T + bias) + residual: x (..., K), weight (N, K), bias (N,), residual and result (..., N).
 
     activation is None, "gelu" (erf) or "gelu_tanh" (GPT-2's). Float32 accumulation; float32 inputs are multiplied in
-    full precision. With batch_invariant a row has the same bits whatever the other rows are; without it the fastest
-    routine there is may serve. decode is for generated tokens: on a GPU a kernel for few rows, as a batch of texts has,
-    batch-invariant too, with an order of additions of its own; it has no gradient. Its programs count each other, as
-    those of `paged_attention` do: a CUDA graph that holds one must not run beside other calls of the two that were
-    launched or captured on the stream where it was captured.
+    full precision. With batch_invariant a row's bits do not depend on the other rows; without it the fastest routine
+    available may be used. decode is for generated tokens: on a GPU it selects a kernel for few rows, one per sequence
+    of a batch, which is batch-invariant with its own order of additions, and has no gradient. Its programs share
+    counters, like those of `paged_attention`: a CUDA graph that contains one must not run concurrently with other calls
+    of either that were launched or captured on the stream where it was captured.
     Differentiable in x, weight, bias and residual.
     Raises ValueError on a shape, dtype, device or activation that does not fit.
     """

@@ -191,7 +191,7 @@ def sum_partials_kernel(
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """A tensor that holds the rows of x with a dense last axis, whatever its rank, and how far they lie apart."""
+    """x as rows with a dense last axis, whatever its rank, and the stride between rows."""
     if x.is_contiguous():  # nearly always, and then not even a view is needed
         return x, x.shape[-1]
     rows = _check.as_rows(x)
@@ -540,8 +540,8 @@ def layer_norm(
     """Layer normalisation over the last axis: x (..., C) -> (..., C), in the dtype of x.
 
     weight and bias are (C,); statistics are float32; C <= 16384. Differentiable in x, weight and bias. With prenorm the
-    result is (y, x): x, not to be written into, goes on as the residual stream, x + f(y), and its gradient is added to
-    the one of y in the backward kernel, where autograd would take a pass of 3 elements for each of x.
+    result is (y, x): x, which must not be modified in place, continues as the residual stream, x + f(y). The backward
+    kernel adds its gradient to that of y, for which autograd would move 3 elements per element of x in a separate pass.
     Raises ValueError on a shape, dtype or device that does not fit. Source: Ba et al., 2016, arXiv:1607.06450.
     """
     if not prenorm:
@@ -574,7 +574,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(layer_norm(x + residual), x + residual) in one pass: x and residual (..., C), weight and bias (C,).
 
-    The sum is rounded to the dtype of x before it is normalised, as the two steps apart would do. Differentiable.
+    The sum is rounded to the dtype of x before it is normalised, as two separate steps would do. Differentiable.
     Raises ValueError on a shape, dtype or device that does not fit.
     """
     _check_arguments("add_layer_norm", x, weight, bias, eps)

@@ -337,8 +337,8 @@ def _prefill_torch(
 ) -> Tensor:
     """`reference.paged_attention` in tiles of positions, TORCH_TILE queries each over all keys up to the tile's end.
 
-    PyTorch's products have other bits in other shapes. Here a position is the same row of the same shapes, filled up
-    with zeros, whichever part of its prompt is computed now, and so a token has the same bits in every batch.
+    The bits of PyTorch's products depend on their shapes. Here a position is always the same row of the same shapes,
+    padded with zeros, whichever chunk of its prompt is being computed, so a token has the same bits in every batch.
     """
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts, lengths = cu_seqlens_q.tolist(), context_lens.tolist()
@@ -360,7 +360,7 @@ def _prefill_torch(
 
 
 def _check_indices(k_cache: Tensor, block_table: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor, Nq: int) -> None:
-    """The contents of the index tensors; read on the CPU path alone, where reading them costs no synchronisation."""
+    """Checks the contents of the index tensors, on the CPU path only, where reading them needs no synchronisation."""
     op, (num_blocks, block_size) = "paged_attention", k_cache.shape[:2]
     cu, lens = cu_seqlens_q.tolist(), context_lens.tolist()
     if cu[0] != 0 or cu[-1] > Nq or any(b < a for a, b in zip(cu, cu[1:])):
@@ -426,13 +426,13 @@ def paged_attention(
     """Causal attention of packed queries over a paged cache: q (Nq, H, D) -> (Nq, H, D).
 
     k_cache, v_cache (num_blocks, block_size, Hkv, D), any strides with a dense last axis; block_table (S, max_blocks)
-    int32; context_lens (S,) int32, the queries included; cu_seqlens_q (S + 1,) int32, first row of each sequence;
-    max_seqlen_q at least the most queries of any sequence, where 1 means decode: decode and prefill have a tile each.
-    The queries are the last positions of their sequence. The caches have the dtype of q, or are float8_e4m3fn and stand
-    for what they hold times k_scale and v_scale, both (Hkv,) float32; on a GPU that needs compute capability 8.9.
+    int32; context_lens (S,) int32, including the queries; cu_seqlens_q (S + 1,) int32, the first row of each sequence;
+    max_seqlen_q, an upper bound on the queries of a sequence; 1 means decode, which has a kernel of its own.
+    The queries are the last positions of their sequence. The caches have the dtype of q, or are float8_e4m3fn, whose
+    values are multiplied by k_scale and v_scale, both (Hkv,) float32; on a GPU that needs compute capability 8.9.
     window w keeps the nearest w keys of a query, itself included. A query with no key gives 0. No gradient.
-    Programs of a decode count each other in memory that belongs to the stream: a CUDA graph that holds one must not run
-    beside other decodes, or `linear`'s, that were launched or captured on the stream where it was captured.
+    The programs of a decode share counters that belong to the stream: a CUDA graph that contains one must not run
+    concurrently with other decodes, or `linear`'s, that were launched or captured on the stream where it was captured.
     Raises ValueError on a shape, dtype, device or option that does not fit; an index outside the cache is an error on
     the CPU and a device assertion under TRITON_DEBUG=1 on a GPU. Source: Kwon et al., 2023, arXiv:2309.06180.
     """
@@ -465,12 +465,12 @@ def paged_decode_(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`append_kv_` and `paged_attention` of one new token a sequence, in one launch: q (S, H, D) -> (S, H, D).
+    """`append_kv_` and `paged_attention` for one new token per sequence, in one launch: q (S, H, D) -> (S, H, D).
 
-    k, v (S, Hkv, D) are written to slots (S,) int64 of the cache, each the place of its sequence's last position,
-    context_lens[s] - 1; -1 for a sequence that has nothing new, whose last position is in the cache. A slot that is
-    written belongs to its sequence alone: no other may attend to it in this call. All else as in those two. No
-    gradient. Raises ValueError as they do.
+    k, v (S, Hkv, D) are written to slots (S,) int64 of the cache, each the slot of its sequence's last position,
+    context_lens[s] - 1; -1 if a sequence has no new token and its last position is already in the cache. A written slot
+    must belong to one sequence: no other may attend to it in this call. Otherwise as in those two. No gradient. Raises
+    ValueError as they do.
     """
     op = "paged_decode_"
     _check.rank(op, "q", q, "(S, H, D)")
