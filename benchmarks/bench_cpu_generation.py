@@ -274,7 +274,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", choices=BATCHES, default=list(BATCHES), help="default all")
     options = parser.parse_args()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    measured = measure(options.batch, options.rounds)
     results: dict[str, Any] = {
         "cpu": f"{cpu_name()}, {torch.get_num_threads()} threads",
         "operators": _native.status().split(" from ")[0],
@@ -282,10 +281,13 @@ def main() -> None:
         "prompt_tokens": PROMPT,
         "new_tokens": NEW,
     }
+    before = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    if other := [key for key in before and results if before.get(key) != results[key]]:
+        parser.error(f"--out must be a file measured alike, got another {', '.join(other)} in {options.out}")
+    measured = measure(options.batch, options.rounds)
     how = {"date": datetime.date.today().isoformat(), "rounds": options.rounds, "load_before": load}
     when = {str(b): how for b in options.batch}
-    if options.out and options.out.exists():
-        before = json.loads(options.out.read_text())
+    if before:
         measured["tokens_per_second"] = before["tokens_per_second"] | measured["tokens_per_second"]
         results = before | results | measured | {"measured": before["measured"] | when}
     else:

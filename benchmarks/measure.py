@@ -155,14 +155,15 @@ def _real(value: Any) -> bool:
 
 
 def _poisoned(call: Call, inputs: Inputs) -> Any:
-    """The result of a call into memory that held NaN: what it fails to write cannot look right by chance."""
+    """The result of a call into memory that held NaN, if the allocator reuses it: what the call fails to write then
+    cannot look right by chance. CUDA's does; a CPU's gives large results fresh zeros."""
     owned = {t.data_ptr() for t in timing.tensors(inputs)}
     first = timing.tensors(call())
     with torch.no_grad():
         for t in first:
             if t.is_floating_point() and t.data_ptr() not in owned and not t.requires_grad:
                 t.fill_(math.nan)
-    del first  # the allocator gives the same memory to the next call
+    del first  # for the next call to reuse
     return call()
 
 
