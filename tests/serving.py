@@ -102,14 +102,17 @@ def cases(engine: Engine, prompts: Sequence[str], max_tokens: int, count: int = 
 
 
 async def load(url: str, model: str, cases: Sequence[Case], clients: int, seconds: float) -> dict[str, Any]:
-    """Lets `clients` send requests for `seconds`, half of them streamed; compares every answer. Returns a summary."""
+    """Lets `clients` send requests for `seconds`, each at least one, half of them streamed; compares every answer.
+
+    Returns a summary.
+    """
     end = time.monotonic() + seconds
     counts = {"requests": 0, "streams": 0, "tokens": 0}
     started = time.monotonic()
 
     async def one(client: openai.AsyncOpenAI, number: int) -> None:
-        generator = random.Random(number)
-        while time.monotonic() < end:
+        generator, answered = random.Random(number), 0
+        while not answered or time.monotonic() < end:
             case = generator.choice(cases)
             p = case.params
             extra = {"top_k": p.top_k, "min_p": p.min_p, "ignore_eos": p.ignore_eos}
@@ -129,6 +132,7 @@ async def load(url: str, model: str, cases: Sequence[Case], clients: int, second
                 texts = [choice.text for choice in sorted(answer.choices, key=lambda c: c.index)]
                 counts["tokens"] += answer.usage.completion_tokens
             assert texts == case.expected, (case, texts)
+            answered += 1
             counts["requests"] += 1
             counts["streams"] += stream
 
