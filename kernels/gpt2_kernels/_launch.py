@@ -1,4 +1,4 @@
-"""Launching kernels: `launch`, at half the host time of Triton's own path, and `tickets`, counters for programs."""
+"""How kernels are launched: `launch`, Triton's own launch in half the host time, and the counters of `tickets`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if HAS_TRITON:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    _triton_run = JITFunction.run  # a tool that watches launches or turns them into compilations replaces it
+    _triton_run = JITFunction.run  # replaced by tools that watch launches or turn them into compilations
 
-# Everything a launch depends on -> the kernel and the launcher of its compiled variant. Kernels are keyed by id, since
-# hashing one hashes its source every time, and are kept in the value so that no other object can take that id.
+# All that a launch depends on -> the kernel, and its compiled variant's launcher. Kernels are keyed by id, since
+# Triton's own hash rehashes the source each time, and kept in the value, so that no other object can take that id.
 _variants: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _GRID_REST = ((), (1, 1), (1,), ())
 
@@ -24,11 +24,11 @@ _GRID_REST = ((), (1, 1), (1,), ())
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """`kernel[grid](*args, **meta)` in half the host time: run-time arguments by position, constexprs by name.
 
-    The first time, Triton chooses and compiles a variant. A later launch that agrees in everything Triton specializes
-    on goes straight to that compiled kernel, through Triton's launcher, which still checks the arguments. Anything
-    unusual always takes Triton's own path: the interpreter, autotuned kernels, launch hooks (profilers), tools that
-    replace JITFunction.run, a pointer that is not 16-byte aligned, an integer beyond 32 bits, and arguments of any type
-    but Tensor, int, float and None.
+    The first time, Triton itself chooses and compiles a variant; later launches equal in all that Triton looks at go
+    directly to that compiled kernel, with the arguments themselves, so that Triton's launcher still checks them.
+    Everything unusual goes through Triton every time: the interpreter, autotuned kernels, launch hooks (profilers),
+    tools that replace JITFunction.run, a pointer that is not 16-byte aligned, an integer past 32 bits, and arguments of
+    types other than Tensor, int, float and None.
     """
     if type(kernel) is not JITFunction or JITFunction.run is not _triton_run:
         kernel[grid](*args, **meta)
@@ -52,7 +52,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         elif a is None or kind is float:
             key.append(kind)
         elif kind is int and -0x80000000 <= a <= 0x7FFFFFFF:
-            key.append(2 if a == 1 else not a & 15)  # no string, so that the names in meta begin where strings do
+            key.append(2 if a == 1 else not a & 15)  # never a string: strings in the key begin with meta's names
         else:
             plain = False
     if not plain or addresses & 15:
@@ -80,15 +80,15 @@ _tickets: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
 def tickets(number: int, device: torch.device) -> torch.Tensor:
-    """At least `number` int32 zeros with which programs count arrivals; a kernel must leave them zero for the next.
+    """At least `number` int32 zeros, as counters between a kernel's programs; the kernel leaves them zero for the next.
 
-    Launches on one stream are ordered and share them. CUDA graphs capture their address, so they are never freed, and
-    two graphs captured on one stream must not be replayed concurrently. Counters that a stream first needs during a
+    Launches on one stream run in order and share them. A CUDA graph captures their address, so they are never freed,
+    and two graphs captured on one stream must not be replayed concurrently. Counters that a stream first uses during
     capture are zeroed in the graph, at each replay: warm up on the capturing stream to save those launches.
     """
     if device.type != "cuda":
-        return torch.zeros(number, dtype=torch.int32, device=device)  # a kernel that fails there may leave others
-    size = max(4096, 1 << (number - 1).bit_length())  # a size that a graph holds stays when a larger one is needed
+        return torch.zeros(number, dtype=torch.int32, device=device)  # fresh: a failed kernel may leave nonzeros
+    size = max(4096, 1 << (number - 1).bit_length())  # graphs' buffers stay when a larger one is needed
     key = device.index, driver.active.get_current_stream(device.index), size
     found = _tickets.get(key)
     if found is None:
@@ -99,9 +99,9 @@ def tickets(number: int, device: torch.device) -> torch.Tensor:
 
 
 def _in_private_pool(tensor: torch.Tensor) -> bool:
-    """Whether its memory belongs to the pool of a CUDA graph, torch.compile's included, and is freed with that graph.
+    """Whether its memory is in the private pool of a CUDA graph, freed with that graph, or of torch.compile.
 
-    Allocators other than PyTorch's own, such as cudaMallocAsync, raise when asked: then it may.
+    Allocators other than PyTorch's own, such as cudaMallocAsync, raise when asked: then it is assumed to be.
     """
     try:
         segments = torch.cuda.memory_snapshot()

@@ -1,4 +1,4 @@
-"""How an operator is defined: registration, what computes it where, autocast, and which gradients are refused.
+"""How an operator is made: registration, dispatch by device, autocast, and refusal of the gradients it lacks.
 
 An operator has one schema under `torch.ops.gpt2_kernels`, and PyTorch dispatches it by device:
 
@@ -36,8 +36,8 @@ def register(
 ) -> None:
     """Define an operator of `torch.ops.gpt2_kernels`: its schema, its implementations and its shapes.
 
-    `cpu` tells `path_of` what `cpu_impl` uses: "native" calls the compiled extension, "products" also needs a CPU with
-    dot-product instructions, "torch" is PyTorch; "int8" has no GPU kernel, and "layer" is several operators in one
+    `cpu` tells `path_of` what `cpu_impl` uses: "native" is the compiled extension, "products" the same where the CPU
+    has dot-product instructions, "torch" PyTorch; "int8" has no GPU kernel, and "layer" is several operators in one
     call, on a CPU with dot-product instructions.
     """
     name = schema.split("(")[0]
@@ -48,7 +48,7 @@ def register(
         if torch.is_grad_enabled():
             _refuse_gradient(name, args)
         if not _runtime.triton_on_cpu():
-            if torch.is_autocast_enabled("cpu"):  # or PyTorch's functions inside would change the dtype of the result
+            if torch.is_autocast_enabled("cpu"):  # else PyTorch's functions inside would change the dtype of the result
                 with torch.autocast("cpu", enabled=False):
                     return cpu_impl(*args)
             return cpu_impl(*args)
@@ -66,7 +66,7 @@ def register(
     def on_cuda(*args: Any) -> Any:
         if torch.is_grad_enabled():
             _refuse_gradient(name, args)
-        # Triton launches on the current device, which need not be that of the tensors; the first argument is one.
+        # Triton launches on the current device, which may not be the tensors' device; the first argument is a tensor.
         device = args[0].device
         if device.index == torch.cuda.current_device() and not torch.is_autocast_enabled("cuda"):
             return implementation(*args)
@@ -80,8 +80,8 @@ def register(
 
 
 def _refuse_gradient(name: str, args: tuple[Any, ...]) -> None:
-    """Public functions record their gradient and get here with recording off. A direct call of torch.ops.gpt2_kernels
-    with recording on would get no gradient, and PyTorch says so only in a warning during backward."""
+    """Public functions record their own gradient and get here with grad mode off. A direct call of
+    torch.ops.gpt2_kernels in grad mode would get no gradient, and PyTorch would only warn of it in backward."""
     for arg in args:
         if isinstance(arg, torch.Tensor) and arg.requires_grad:
             raise ValueError(
@@ -91,7 +91,7 @@ def _refuse_gradient(name: str, args: tuple[Any, ...]) -> None:
 
 
 def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
-    """What computes `op` on tensors of `device` ("cpu" or "cuda"), and why, if that is not the fastest path.
+    """What computes `op` on tensors of `device` ("cpu" or "cuda") and, where that is not the best path, why.
 
     `dtype` is that of the tensors, or of the cache for operators that have one.
     """
@@ -128,15 +128,15 @@ def path_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
 
 
 def autocast(to: str) -> Callable[[Function], Function]:
-    """Decorates a public function whose tensors share a dtype: under torch.autocast they are cast to one first.
+    """Decorates a public function whose tensors share a dtype: under torch.autocast it first casts them to one.
 
     to="lower" is autocast's own dtype, for matrix products and attention; to="float32" is for normalisation and losses.
     PyTorch makes the same choices for its functions on a GPU; here they hold on a CPU too. The casts are ordinary ones,
     outside the operator, so gradients come back in the dtype of the parameters. float64 is left alone. A fused residual
-    is cast like the rest; to keep a residual stream in float32, add it outside.
+    is cast like the rest; add it outside if the residual stream is to stay in float32.
 
-    Since these are the differentiable functions, forward-mode differentiation is refused here: PyTorch would silently
-    treat the result of an operator without a forward-mode rule as a constant.
+    Since these are the functions that have gradients, forward-mode differentiation is refused here: PyTorch does not
+    check whether an operator has a rule for it, and would treat the result as a constant.
     """
     if to not in ("lower", "float32"):
         raise ValueError(f"autocast: to must be 'lower' or 'float32', got {to!r}")
@@ -152,9 +152,9 @@ def autocast(to: str) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def on_cast(*args: Any, **kwargs: Any) -> Any:
-            if forward_ad._current_level >= 0:  # asked here too, to save the call
+            if forward_ad._current_level >= 0:  # checked here too, to save the call
                 refuse_tangents(function.__name__.lstrip("_"), *args, *kwargs.values())
-            if torch._C._is_any_autocast_enabled():  # one question in place of one for each kind of device
+            if torch._C._is_any_autocast_enabled():  # one check instead of one per device type
                 return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
             return function(*args, **kwargs)
 
@@ -164,7 +164,7 @@ def autocast(to: str) -> Callable[[Function], Function]:
 
 
 def refuse_tangents(op: str, *args: Any) -> None:
-    if forward_ad._current_level < 0:  # neither in torch.func.jvp nor in forward_ad.dual_level: no tensor has one
+    if forward_ad._current_level < 0:  # neither in torch.func.jvp nor in forward_ad.dual_level: no tensor has a tangent
         return
     for arg in args:
         if isinstance(arg, torch.Tensor) and _has_tangent(arg):
@@ -183,8 +183,8 @@ def _has_tangent(tensor: torch.Tensor) -> bool:
 
 
 def distinct(*args: Any) -> tuple[Any, ...]:
-    """The arguments of an autograd.Function, with repeated tensors replaced by views while Dynamo traces: otherwise it
-    refuses attention(x, x, x)."""
+    """The arguments of an autograd.Function, with repeated tensors replaced by views of themselves while Dynamo traces:
+    it rejects attention(x, x, x) otherwise."""
     if not torch.compiler.is_compiling():
         return args
     found: list[Any] = []

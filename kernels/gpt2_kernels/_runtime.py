@@ -1,7 +1,7 @@
-"""What this machine has: GPU, Triton, the compiled extension, and the dtypes its CPU can multiply.
+"""What this machine has: GPU, Triton, the compiled extension, and the dtypes its CPU multiplies natively.
 
-All such questions are answered here, in cached functions and never at import: `import gpt2_kernels` works without a
-GPU, a driver or Triton.
+All such queries are here, in cached functions, and none runs at import: `import gpt2_kernels` works with no GPU, no
+driver and no Triton.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # Triton is published for Linux alone; everywhere else its kernels are never launched
+except ImportError:  # Triton is published for Linux only; everywhere else its kernels are never launched
     HAS_TRITON = False
 
     class _Absent:
@@ -34,14 +34,14 @@ except ImportError:  # Triton is published for Linux alone; everywhere else its 
 
     triton = tl = _Absent()
 
-FLOAT8 = torch.float8_e4m3fn  # of caches alone
-OLDEST_GPU = 80  # compute capability, 10 major + minor, from which on all kernels compile
-OLDEST_FLOAT8_GPU = 89  # those for float8 caches: Triton compiles float8_e4m3fn for GPUs that convert it in hardware
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of the compiled operators for CPUs
+FLOAT8 = torch.float8_e4m3fn  # for key-value caches only
+OLDEST_GPU = 80  # compute capability, 10 major + minor, from which all kernels compile
+OLDEST_FLOAT8_GPU = 89  # for float8 caches: Triton compiles float8_e4m3fn for GPUs that convert it in hardware
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of the compiled CPU operators
 ALL_INSTRUCTIONS = 4  # the highest level of csrc's simd_level, with AMX
-DOT_PRODUCTS = 3  # from here on products are compiled: AVX-512 with BF16 and VNNI
+DOT_PRODUCTS = 3  # matmuls are compiled from this level on: AVX-512 with BF16 and VNNI
 
-_forced: str | None = None  # set by `force` alone
+_forced: str | None = None  # set by `force` only
 interpreter_has_bfloat16 = False  # set to True by a test suite that has repaired Triton's interpreter
 
 
@@ -54,19 +54,19 @@ def interpreting() -> bool:
 def accumulator(dtype: torch.dtype) -> Any:
     """The type in which kernels accumulate and keep statistics: float32.
 
-    float64 for float64 tensors, which no public function takes: the interpreter uses it to check the kernels' gradients
-    against finite differences.
+    float64 for float64 tensors, which no public function takes: tests use it in the interpreter to check the kernels'
+    own gradients against finite differences.
     """
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The torch dtype in which statistics are stored: `accumulator`'s."""
+    """The dtype in which statistics are stored: `accumulator` as a torch dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability (80, 90, 100 ...) that selects the launch table for tensors of `device`.
+    """Compute capability (80, 90, 100 ...) of the GPU whose launch tables apply to tensors on `device`.
 
     For CPU tensors it is the target of offline compilation; the interpreter uses Hopper's tables.
     """
@@ -82,7 +82,7 @@ def _capability(index: int) -> int:
 
 
 def gpu_refusal(device: torch.device | None = None, cache_dtype: torch.dtype | None = None) -> str | None:
-    """Why a GPU (None: the current one), or a cache of that dtype on it, is not supported; None if it is.
+    """Why the kernels do not support a GPU (None: the current one), or a cache of that dtype on it; None if they do.
 
     The text names the rule and the GPU's compute capability.
     """
@@ -93,7 +93,7 @@ def gpu_refusal(device: torch.device | None = None, cache_dtype: torch.dtype | N
 
 
 def too_old(architecture: int, cache_dtype: torch.dtype | None) -> str | None:
-    """`gpu_refusal` of a compute capability, 10 major + minor."""
+    """`gpu_refusal` for a compute capability, 10 major + minor."""
     what, oldest = "kernels need", OLDEST_GPU
     if cache_dtype == FLOAT8:
         what, oldest = f"a {FLOAT8} cache needs", OLDEST_FLOAT8_GPU
@@ -104,7 +104,7 @@ def too_old(architecture: int, cache_dtype: torch.dtype | None) -> str | None:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of the GPU that runs tensors of `device`; without one, an H200's."""
+    """Number of streaming multiprocessors (SMs) of `device`; without a GPU, an H200's."""
     return _multiprocessors(device.index) if device.type == "cuda" else 132
 
 
@@ -115,7 +115,7 @@ def _multiprocessors(index: int) -> int:
 
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
-    """Force a path for CPU tensors, whatever the machine offers: "triton", "native" or "torch". For tests and tools."""
+    """Force one path for CPU tensors whatever the machine has: "triton", "native" or "torch". For tests and tools."""
     global _forced
     if path not in ("triton", "native", "torch"):
         raise ValueError(f"force: path must be 'triton', 'native' or 'torch', got {path!r}")
@@ -132,12 +132,12 @@ def triton_on_cpu() -> bool:
 
 
 def native(tensor: torch.Tensor) -> bool:
-    """Whether an operation on `tensor` goes to the compiled extension, which the first call builds."""
+    """Whether an operation on `tensor` goes to the compiled extension; the first call builds it."""
     return tensor.dtype in NATIVE_DTYPES and native_indices(tensor)
 
 
 def native_indices(tensor: torch.Tensor) -> bool:
-    """`native` for an operation on integer tensors only."""
+    """`native` for an operation on integers only."""
     if tensor.device.type != "cpu" or _forced == "torch":
         return False
     if _forced == "native" and not _native.load():
@@ -147,42 +147,42 @@ def native_indices(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def simd_level() -> int:
-    """The instruction-set level that the compiled extension uses: its compiler may be too old for AMX, or the system
-    refuse it."""
+    """The level of CPU instructions that the compiled extension uses. Its compiler may be too old for AMX, or the
+    system may refuse it."""
     return _native.ops().simd_level(ALL_INSTRUCTIONS)
 
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether the CPU has AMX, by PyTorch, whose oneDNN then multiplies bfloat16 there."""
+    """Whether the CPU has AMX according to PyTorch, whose oneDNN then multiplies bfloat16 with it."""
     return torch.cpu._is_amx_tile_supported()
 
 
 def native_products(x: torch.Tensor) -> bool:
-    """Whether products of `x` with weights of its dtype go to the compiled extension."""
+    """Whether matmuls of `x` with weights of its dtype go to the compiled extension."""
     if not native(x) or simd_level() < DOT_PRODUCTS:
         return False
     return x.dtype == torch.float32 or simd_level() == ALL_INSTRUCTIONS or not has_amx()
 
 
 def torch_products(x: torch.Tensor) -> bool:
-    """Whether PyTorch multiplies `x` faster, if batch invariance is not needed and no activation is fused.
+    """Whether PyTorch's matmul of `x` is faster, if rows need not be batch-invariant and no activation is fused.
 
-    In float32 on an Intel Xeon ours takes 1.05 to 1.5 times as long from 128 rows on, on an AMD EPYC as long; in
-    bfloat16 by AMX 1 to 1.9 times.
+    From 128 rows on, ours takes 1.05 to 1.5 times as long in float32 on an Intel Xeon and as long on an AMD EPYC; in
+    bfloat16 with AMX, 1 to 1.9 times.
     """
     return _forced != "native" and x.numel() >= 128 * x.shape[-1] and (x.dtype == torch.float32 or has_amx())
 
 
 def multiplies(x: torch.Tensor) -> bool:
-    """Whether the CPU has instructions for products in the dtype of `x`, so that PyTorch's are fast."""
+    """Whether the CPU multiplies the dtype of `x` natively, so that PyTorch's matmuls in it are fast."""
     if x.dtype == torch.bfloat16:
         return has_amx() or native_products(x)
     return x.dtype in (torch.float32, torch.float64)
 
 
 def cpu_dtype() -> torch.dtype:
-    """The faster dtype for generation on this CPU: bfloat16 if it has instructions for it, else float32."""
+    """The faster dtype for generation on this CPU: bfloat16 where the CPU multiplies it natively, else float32."""
     if triton_on_cpu():  # the interpreter's bfloat16 is wrong
         return torch.float32
     return torch.bfloat16 if multiplies(torch.empty(0, dtype=torch.bfloat16)) else torch.float32

@@ -2,12 +2,12 @@
 
     s = scale * q k^T + mask,   lse = logsumexp(s),   out = dropout(exp(s - lse)) v
 
-Layout: q (B, Tq, H, D), k and v (B, Tk, Hkv, D), any strides with a dense last axis, so that the three parts of GPT-2's
-qkv projection are passed as views. Packed sequences of different lengths are B = 1 with cu_seqlens.
-The T x T matrix is never stored: keys come in blocks, and a running maximum and sum are kept for each query (online
-softmax, Milakov & Gimelshein, 2018).
-FLOPs, causal, Tq = Tk = T: 2 B H T^2 D, twice that without the mask. Bytes of element size s: 4 B T H D s. At D = 64
-there are 256 FLOP for each exponential, so on Hopper the exponentials cost as much time as the matrix units.
+Layout: q (B, Tq, H, D), k and v (B, Tk, Hkv, D), any strides with a dense last axis, so the three parts of GPT-2's qkv
+projection can be passed as views. Packed variable-length sequences are B = 1 with cu_seqlens.
+The T x T score matrix is never materialised: the kernel loops over blocks of keys and keeps a running maximum and sum
+per query (online softmax, Milakov & Gimelshein, 2018).
+FLOPs, causal, Tq = Tk = T: 2 B H T^2 D; twice that without the mask. Bytes, for element size s: 4 B T H D s. At D = 64
+there are 256 FLOP per exponential, so on Hopper the exponentials take as long as the tensor-core work.
 Specification: gpt2_kernels.reference.attention. The backward pass is attention_backward.py.
 """
 
@@ -27,7 +27,7 @@ from gpt2_kernels._runtime import statistics_dtype, tl, triton
 
 LOG2_E = 1.4426950408889634
 
-# (compute capability from, element size, head dimension up to) -> (BLOCK_M, BLOCK_N, warps, stages). Nothing
+# (minimum compute capability, element size, maximum head dimension) -> (BLOCK_M, BLOCK_N, warps, stages). Nothing
 # spills in any case of benchmarks.compile_report; not yet timed on a GPU.
 TILES = {
     (0, 2, 64): (128, 64, 8, 3),
@@ -71,7 +71,7 @@ def _attend_blocks(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One online-softmax pass over keys first..last - 1, a multiple of BLOCK_N apart from the end of the sequence."""
+    """One online-softmax pass over keys first..last - 1; `first` is a multiple of BLOCK_N."""
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
@@ -103,7 +103,7 @@ def _attend_blocks(
         p = tl.exp2(s * scale_log2 - shift[:, None])
         rescale = tl.exp2(m - shift)
         l = l * rescale + tl.sum(p, 1)
-        if DROPOUT:  # of the probabilities, not of their sum
+        if DROPOUT:  # applies to the probabilities, not to their sum
             p = tl.where(dropout_keep(seed, head, i - past, start, threshold, BLOCK_N), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION, out_dtype=ACC)
         m = m_new
@@ -150,7 +150,8 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns BLOCK_M queries of one head and adds keys from the first visible up; long rows start first."""
+    """One program owns BLOCK_M queries of one head and loops over the keys they see, in order; long rows start
+    first."""
     pid = tl.program_id(0)
     tile = tl.num_programs(0) // (B * H) - 1 - pid // (B * H)
     head = pid % (B * H)
@@ -165,7 +166,7 @@ def attention_kernel(
         Tk = tl.load(cu_k_ptr + b + 1) - k_first
         if tile * BLOCK_M >= Tq:
             return
-        row = q_first.to(tl.int64)  # of the first query in q, out and lse
+        row = q_first.to(tl.int64)  # row of the first query in q, out and lse
         q_ptr += row * stride_qt
         k_ptr += k_first.to(tl.int64) * stride_kt
         v_ptr += k_first.to(tl.int64) * stride_vt
@@ -242,7 +243,7 @@ def _attention_triton(
     packed = cu_seqlens_q is not None
     B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     q, k, v = (_check.unit_last_stride(t) for t in (q, k, v))
-    # No program owns a row behind the last sequence: it stays 0, and -inf.
+    # No program owns the rows past the last sequence: they keep out 0 and lse -inf.
     out = (torch.zeros if packed else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     lse = _lse_like(q).fill_(-torch.inf) if packed else _lse_like(q)
     if out.numel() and B and max_seqlen_q:
@@ -317,7 +318,7 @@ def _attention_cpu(
 
 
 def _check_packing(cu_seqlens: Tensor, rows: int, max_seqlen: int, name: str) -> None:
-    """The contents of an index tensor; read on the CPU path alone, where reading them costs no synchronisation."""
+    """Checks the contents of an index tensor; only on the CPU path, where reading them costs no synchronisation."""
     cu = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(cu, cu[1:])]
     if cu[0] != 0 or cu[-1] > rows or any(n < 0 for n in lengths):
@@ -396,7 +397,7 @@ def _apply(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tens
 
 
 def _seed(op: str, dropout_p: float, q: Tensor) -> Tensor | None:
-    """Dropout's seed, drawn from torch's generator on the device of q; None where nothing is dropped."""
+    """The dropout seed, drawn from torch's generator on the device of q; None without dropout."""
     if not 0.0 <= dropout_p < 1.0:
         _check.fail(op, "dropout_p must lie in [0, 1)", dropout_p)
     return torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p else None
@@ -417,16 +418,16 @@ def attention(
     """dropout(softmax(scale * q k^T + mask)) v: q (B, Tq, H, D), k and v (B, Tk, Hkv, D) -> (B, Tq, H, D).
 
     H is a multiple of Hkv (grouped-query attention); D lies in 1..256; scale is 1/sqrt(D) unless given. The last query
-    is aligned with the last key: with causal, query i sees key j where j <= i + Tk - Tq; window w keeps the nearest w
-    of them, itself included. Tq = 3, Tk = 5, causal:
+    is aligned with the last key: with causal, query i sees key j if j <= i + Tk - Tq; window w keeps the nearest w of
+    them, its own included. Tq = 3, Tk = 5, causal:
 
         1 1 1 0 0
         1 1 1 1 0
         1 1 1 1 1
 
-    dropout_p in [0, 1) drops that share of the probabilities, by a seed drawn from torch's generator on the device of
-    q. With return_lse also the logsumexp of each row of scores, float32 (B, H, Tq), natural log. A row with no key
-    gives 0 and -inf. Differentiable in q, k and v, the logsumexp too; gradients are the same bits each time.
+    dropout_p in [0, 1) drops that fraction of the probabilities, with a seed drawn from torch's generator on the device
+    of q. return_lse adds the logsumexp of each row of scores, float32 (B, H, Tq), natural log. A row with no visible
+    key gives 0 and -inf. Differentiable in q, k and v, through the logsumexp too; gradients are bitwise reproducible.
     Raises ValueError on a shape, dtype, device or option that does not fit. Source: Dao, 2023, arXiv:2307.08691.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -451,10 +452,10 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of the three parts of one projection, qkv (B, T, 3, H, D) -> (B, T, H, D).
+    """`attention` on the three parts of one projection: qkv (B, T, 3, H, D) -> (B, T, H, D).
 
-    The same bits as attention(*qkv.unbind(2)), and one gradient, which the kernels write where the projection reads it:
-    autograd would put the parts' gradients together in a pass of 6 B T H D elements. Options as in `attention`.
+    Bitwise equal to attention(*qkv.unbind(2)), with one gradient that the kernels write where the projection reads it:
+    autograd would assemble it from the parts' gradients in a pass over 6 B T H D elements. Options as in `attention`.
     Raises ValueError on a shape, dtype or option that does not fit.
     """
     op = "attention_qkvpacked"
@@ -488,13 +489,13 @@ def attention_varlen(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of S sequences of any lengths, packed without padding: q (Nq, H, D), k and v (Nk, Hkv, D).
+    """`attention` over S sequences of any lengths, packed without padding: q (Nq, H, D), k and v (Nk, Hkv, D).
 
-    Sequence s owns rows cu_seqlens_q[s] to cu_seqlens_q[s + 1] of q and of the result, and those of cu_seqlens_k of k
-    and v, both (S + 1,) int32, rising from 0; max_seqlen_q and max_seqlen_k are at least the longest of each. In each
-    sequence the last query is aligned with the last key. Rows behind the last sequence give 0, and -inf in the
-    logsumexp (H, Nq) that return_lse adds. Differentiable in q, k and v. Raises ValueError on a shape, dtype, device or
-    option that does not fit; offsets outside the tensors are an error on the CPU, where they are read.
+    Sequence s owns rows cu_seqlens_q[s] to cu_seqlens_q[s + 1] of q and of the result, and likewise for cu_seqlens_k, k
+    and v; both are (S + 1,) int32, rising from 0; max_seqlen_q and max_seqlen_k are at least the longest sequence of
+    each. Within a sequence the last query is aligned with the last key. Rows past the last sequence give 0, and -inf in
+    the logsumexp (H, Nq) that return_lse adds. Differentiable in q, k and v. Raises ValueError on a shape, dtype,
+    device or option that does not fit; out-of-range offsets raise on the CPU, where they are read.
     """
     op = "attention_varlen"
     for name, tensor in (("q", q), ("k", k), ("v", v)):

@@ -1,18 +1,18 @@
-"""Matrix multiplication with a fused epilogue, and the MLP of two of them; forward and backward.
+"""Matrix multiplication with a fused epilogue, and the MLP made of two of them; forward and backward.
 
     linear            y = activation(x weight^T + bias) + residual
     gelu_mlp          y = gelu(x w1^T + b1) w2^T + b2 + residual
     linear_backward   dx = (dy weight) * activation'(pre): through a layer, and through the activation before it
 
-Layout: x (M, K), weight (N, K) as torch keeps it; float32 accumulation, one rounding at the store.
-FLOPs: 2 M N K each, and as much again for dweight = dy^T x. Bytes of element size s: (M K + N K + M N) s, where bias,
-GELU, GELU' and residual apart would read and write M N once more each. Training also writes the input of the
-activation, M N s more: computing it again would cost 2 M N K FLOP, which at K = 768 take four times as long.
+Layout: x (M, K), weight (N, K) as torch stores it; float32 accumulation, one rounding at the store.
+FLOPs: 2 M N K each, and as many again for dweight = dy^T x. Bytes, for element size s: (M K + N K + M N) s; unfused,
+bias, GELU, GELU' and residual would each read and write M N once more. Training also writes the input of the
+activation, M N s more: recomputing it would cost 2 M N K FLOP, which at K = 768 takes four times as long.
 
-One kernel, one tile, one order of additions whatever M is: a row of y and of dx has the same bits computed alone or
-among any others. That is what lets a batch engine promise the same text in every batch (He et al., 2025, "Defeating
-Nondeterminism in LLM Inference"). dweight adds over rows, so nothing of the kind is promised for it, and PyTorch's
-product serves: its 36 tiles at 768 x 768 would leave most of a GPU idle without a split that depends on M.
+Batch-invariant: one kernel, one tile and one summation order whatever M is, so a row of y or dx has the same bits alone
+or in any batch. This lets a batching engine promise the same text in every batch (He et al., 2025, "Defeating
+Nondeterminism in LLM Inference"). dweight sums over rows, so it has no such promise to keep and uses PyTorch's matmul:
+at 768 x 768, its 36 tiles would leave most of a GPU idle without a split that depends on M.
 Specification: gpt2_kernels.reference.linear, gelu_mlp.
 """
 
@@ -31,24 +31,24 @@ from gpt2_kernels._launch import launch
 from gpt2_kernels._operator import OPS, autocast, distinct, register
 from gpt2_kernels._runtime import accumulator, tl, triton
 
-# (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Nothing
-# spills in any case of benchmarks.compile_report, rows that start at odd addresses may; not yet timed on a GPU.
+# (minimum compute capability, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Nothing
+# spills in any case of benchmarks.compile_report, though misaligned rows may; not yet timed on a GPU.
 TILES = {
     (100, 2): (128, 64, 64, 8, 3),
     (0, 2): (128, 128, 64, 8, 3),
     (0, 4): (64, 64, 32, 8, 3),
     (0, 8): (16, 16, 16, 4, 1),  # the interpreter's gradcheck
 }
-GROUP_M = 8  # row tiles that run together, so that a column of weight tiles is read from L2
+GROUP_M = 8  # row tiles that run together, so that a column of weight tiles is read from L2 (grouped ordering)
 
-# From Hopper on, two programs per multiprocessor walk over all tiles, one's epilogue under the other's products; before
-# it, a program for each tile. The order of additions within a tile is the same. Not yet timed on a GPU.
+# From Hopper on the kernel is persistent: two programs per SM loop over all tiles, one's epilogue overlapping the
+# other's matmul. Before, one program per tile. The summation order in a tile is the same. Not yet timed on a GPU.
 PERSISTENT_FROM, PROGRAMS_PER_SM = 90, 2
 
-# What serves where rows need not be batch-invariant: (element size, whether anything is fused) -> "ours" or "torch"
-# (cuBLAS). Not yet timed on a GPU. The reasoning: without an epilogue cuBLAS has nothing to lose; at M = 65,536 and
-# 768 -> 3072 a GELU apart reads and writes 0.8 GB, 0.19 ms at 4.3 TB/s, beside a product of 0.4 ms at 780 TFLOP/s. In
-# float32 the product takes 5 ms on the CUDA cores, and the 0.37 ms of the GELU are less than cuBLAS is ahead there.
+# What runs where rows need not be batch-invariant: (element size, whether anything is fused) -> "ours" or "torch"
+# (cuBLAS). Not yet timed on a GPU. Reasoning: without an epilogue cuBLAS has nothing to lose; at M = 65,536 and 768 ->
+# 3072 a separate GELU reads and writes 0.8 GB, 0.19 ms at 4.3 TB/s, beside a matmul of 0.4 ms at 780 TFLOP/s. In
+# float32 the matmul takes 5 ms on the CUDA cores, and the GELU's 0.37 ms is less than cuBLAS's lead there.
 FASTER = {
     (2, "plain"): "torch",
     (2, "fused"): "ours",
@@ -63,7 +63,7 @@ def linear_kernel(
     weight_ptr,  # (N, K), or (K, N) where WEIGHT_KN
     bias_ptr,  # (N,) or None
     residual_ptr,  # (M, N) or None
-    pre_ptr,  # (M, N), contiguous, or None: input of the activation, written forward, read for its derivative
+    pre_ptr,  # (M, N), contiguous, or None: input of the activation, written in forward, read for its derivative
     y_ptr,  # (M, N), contiguous
     M,
     N,
@@ -85,7 +85,7 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A program owns every num_programs-th tile of y, and in each adds along K from 0 up, BLOCK_K at a time."""
+    """A program owns every num_programs-th tile of y and sums each along K from 0 up, BLOCK_K at a time."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -148,7 +148,7 @@ def _product(
 ) -> Tensor:
     """One launch: x (M, K) against weight (N, K), or (K, N) in the backward pass; last axes of x and residual dense.
 
-    A weight may be dense along either axis: transformers' GPT-2 keeps the transpose.
+    A weight may be dense along either axis: transformers' GPT-2 stores the transpose.
     """
     M, K = x.shape
     if backward:
@@ -165,7 +165,7 @@ def _product(
     if arch >= PERSISTENT_FROM:
         programs = min(programs, PROGRAMS_PER_SM * _runtime.multiprocessors(x.device))
     even_k = K % block_k == 0
-    # On sm_90 128 registers a thread let two programs share a multiprocessor; the others would spill.
+    # On sm_90, 128 registers per thread let two programs share an SM; the other variants would spill.
     plain_enough = even_k and activation != "gelu" and (backward or pre is None) and block_m * block_n <= 128 * 128
     two_fit = arch == 90 and size == 2 and plain_enough
     launch(
@@ -247,7 +247,7 @@ def _linear_backward_triton(
     return _product(_check.unit_last_stride(grad), weight, None, None, kept, activation, backward=True)
 
 
-# PyTorch's CPU libraries cut the rows among threads and take another routine, with another order of additions, where a
+# PyTorch's CPU libraries split rows among threads and use another routine, with another summation order, where a
 # thread's share ends in fewer than four: with two threads, 5 rows give other bits than 8. Multiples of four never do.
 ROW_MULTIPLE = 4
 
@@ -286,7 +286,7 @@ def _linear_cpu(
 
 
 def _gelu_cpu(y: Tensor, activation: str) -> Tensor:
-    # PyTorch's own GELU rounds differently in the last few elements of a thread's share, the compiled one nowhere.
+    # PyTorch's GELU rounds the last few elements of a thread's share differently; the compiled one does not.
     if not _runtime.native(y):
         return reference.gelu(y, activation)
     _native.ops().gelu_(y, activation == "gelu_tanh")
@@ -304,7 +304,7 @@ def _gelu_backward(grad: Tensor, pre: Tensor, activation: str, batch_invariant: 
     """grad * gelu'(pre), element by element."""
     if not batch_invariant or grad.device.type != "cpu":
         return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
-    # On a CPU that one rounds differently in the last few elements of a thread's share; these operations do nowhere.
+    # On a CPU, gelu_backward rounds the last few elements of a thread's share differently; these operations do not.
     x = reference.wide(pre)
     if activation == "gelu_tanh":
         t = torch.tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x))
@@ -348,15 +348,15 @@ register(
 )
 
 
-OPS["gelu_mlp"] = "products"  # two of them
+OPS["gelu_mlp"] = "products"  # two linear calls
 
 
 def _parameter_gradients(
     ctx: Any, at: int, dy: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dweight = dy^T x and dbias, if inputs `at` and `at` + 1 of the function need them; accumulated in float32.
+    """dweight = dy^T x and dbias, where inputs `at` and `at` + 1 of the function need gradients; summed in float32.
 
-    dweight has the memory layout of the weight: for a weight stored (K, N), as in transformers' GPT-2, any other layout
+    dweight has the weight's memory layout: for a weight stored as (K, N), as in transformers' GPT-2, the other layout
     would be copied, element by element, into its .grad.
     """
     dweight = None
@@ -398,7 +398,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _GeluMLP(torch.autograd.Function):
-    """Saves both the input and the output of the GELU, 2 M I s bytes per layer, so that nothing is recomputed."""
+    """Keeps both the input and the output of the GELU, 2 M I s bytes per layer, so that nothing is recomputed."""
 
     @staticmethod
     def forward(
@@ -461,11 +461,11 @@ def linear(
     """activation(x weight^T + bias) + residual: x (..., K), weight (N, K), bias (N,), residual and result (..., N).
 
     activation is None, "gelu" (erf) or "gelu_tanh" (GPT-2's). Float32 accumulation; float32 inputs are multiplied in
-    full precision. With batch_invariant a row's bits do not depend on the other rows; without it the fastest routine
-    available may be used. decode is for generated tokens: on a GPU it selects a kernel for few rows, one per sequence
-    of a batch, which is batch-invariant with its own order of additions, and has no gradient. Its programs share
-    counters, like those of `paged_attention`: a CUDA graph that contains one must not run concurrently with other calls
-    of either that were launched or captured on the stream where it was captured.
+    full precision. With batch_invariant a row has the same bits whatever the other rows are; without it the fastest
+    available routine may be used. decode is for generated tokens: on a GPU it selects a kernel for few rows, also
+    batch-invariant, but with its own summation order and no gradient. Its programs synchronise through counters, like
+    those of `paged_attention`: a CUDA graph that contains one must not run concurrently with other calls of the two
+    launched or captured on the stream where it was captured.
     Differentiable in x, weight, bias and residual.
     Raises ValueError on a shape, dtype, device or activation that does not fit.
     """
@@ -499,9 +499,9 @@ def gelu_mlp(
 ) -> Tensor:
     """gelu(x w1^T + b1) w2^T + b2 + residual: x (..., K), w1 (I, K), b1 (I,), w2 (N, I), b2 (N,), result (..., N).
 
-    The GELU runs in the epilogue of the first product, the residual (..., N) in that of the second; approximate is
-    "tanh" (GPT-2's) or "none" (erf). batch_invariant and decode as in `linear`. Differentiable in all six tensors, with
-    GELU' in the epilogue of the backward product.
+    The GELU runs in the epilogue of the first matmul, the residual (..., N) is added in that of the second; approximate
+    is "tanh" (GPT-2's) or "none" (erf). batch_invariant and decode as in `linear`. Differentiable in all six tensors,
+    with GELU' in the epilogue of the backward matmul.
     Raises ValueError on a shape, dtype, device or option that does not fit.
     """
     if approximate not in ("tanh", "none"):

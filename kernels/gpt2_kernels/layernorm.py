@@ -4,11 +4,11 @@
     dx = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dtotal,   wdy = weight * dy
     dweight = sum over rows of dy * xhat,   dbias = sum over rows of dy
 
-Layout: rows of C elements, C <= 16384, a row in the registers of one program. Statistics are float32, the means of all
-rows and then their rstd, (2, R); the variance is taken from the centred row, so that a large mean cancels no digits.
+Layout: rows of C elements, C <= 16384, each held in the registers of one program. Statistics are float32 (2, R), the
+means of all rows and then their rstd; the variance comes from the centred row, so a large mean cancels no digits.
 
 Bytes, for R rows of element size s; the weights, 2 C s, stay in the caches. About 9 FLOP per element forward and 13
-backward: bound by memory everywhere.
+backward: memory-bound everywhere.
 
     layer_norm                                  2 R C s, + 8 R of statistics where a gradient may be asked for
     add_layer_norm                              4 R C s, where the two steps apart take 5 R C s
@@ -21,9 +21,9 @@ backward: bound by memory everywhere.
     R = 4096              12.6 MB       25.2 MB           18.9 + 12.6 MB    25.2 + 12.6 MB
     R = 65536             201 MB        403 MB            302 + 13.0 MB     403 + 13.0 MB
 
-The partial sums fit into L2. Same bits twice, and no atomics: a row's y and dx depend on that row alone; which rows a
-program adds, in which order, and the order of the partial sums depend on R and C, not on the GPU; on a CPU they depend
-on R, not on the number of threads (csrc/cpu_layernorm.h).
+The partial sums fit in L2. Bitwise reproducible, without atomics: a row's y and dx depend on that row alone; which rows
+a program sums, in which order, and the order of the partial sums depend on R and C, not on the GPU; on a CPU they
+depend on R, not on the number of threads (csrc/cpu_layernorm.h).
 Specification: gpt2_kernels.reference.layer_norm, add_layer_norm, layer_norm_backward.
 """
 
@@ -41,21 +41,21 @@ from gpt2_kernels._operator import autocast, distinct, register
 from gpt2_kernels._overlap import wait
 from gpt2_kernels._runtime import accumulator, statistics_dtype, tl, triton
 
-MAX_WIDTH = 16384  # one row lies in the registers of one program
+MAX_WIDTH = 16384  # one row fits in the registers of one program
 
-# The tables come from compiled code (sm_80, sm_90, sm_100; Triton 3.6 and 3.7) and are not yet timed on a GPU.
+# The tables are derived from compiled code (sm_80, sm_90, sm_100; Triton 3.6 and 3.7), not yet timed on a GPU.
 #
-# Forward, width up to -> warps. Few of them: 32 elements a thread keep 49 KB or more of rows in flight on an SM of
-# Hopper, and a row of 768 costs 344 warp instructions of the about 750 that the SM issues while memory delivers it.
-# With 4 warps, each of which computes addresses and exchanges sums, it costs 864.
+# Forward: maximum width -> warps. Few warps: at 32 elements per thread, 49 KB or more of rows are in flight on a Hopper
+# SM, and a row of 768 costs 344 warp instructions of the roughly 750 that the SM issues while memory delivers it. With
+# 4 warps, each of which computes addresses and exchanges sums, it costs 864.
 WARPS = ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (MAX_WIDTH, 16))
-# Backward, width up to -> warps, stages (rows in flight or in work), programs: no more than an H200 holds at a time,
-# and a fixed number, so that the bits of dweight do not depend on the GPU.
+# Backward: maximum width -> warps, stages (rows in flight or in use), programs: at most what an H200 holds at once, and
+# a fixed number, so that the bits of dweight do not depend on the GPU.
 BACKWARD = ((1024, 1, 2, 1056), (2048, 4, 3, 396), (4096, 8, 2, 264), (8192, 16, 2, 132))
-ROWS_PER_PROGRAM = 4  # at least, or the partial sums would be as large as the rows
-# Wider rows leave no registers for sums of dweight and dbias: dx alone, then those by blocks of columns.
+ROWS_PER_PROGRAM = 4  # at least: with fewer, the partial sums would be as large as the rows
+# Wider rows leave no registers for the dweight and dbias sums: one launch for dx, another for those, by column blocks.
 WIDE_WARPS, WIDE_COLUMNS, WIDE_PROGRAMS = 16, 1024, 66
-SUM_ROWS, SUM_COLUMNS = 256, 16  # of partial sums that a program reads at a time, and its columns
+SUM_ROWS, SUM_COLUMNS = 256, 16  # rows of partial sums that a program reads at a time, and its columns
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -76,18 +76,18 @@ def layer_norm_kernel(
     ACC: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program owns one row and adds it in the tree order of one tl.sum."""
+    """One program owns one row and sums it in the tree order of one tl.sum."""
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     inside = c < C
-    # Nothing reads x again soon: it makes room in L2 for y, which the next product reads.
+    # Nothing reads x again soon: it is evicted first from L2, to make room for y, which the next matmul reads.
     x = tl.load(x_ptr + row * stride_x + c, mask=inside, other=0.0, eviction_policy="evict_first")  # (BLOCK_C,)
     if residual_ptr is not None:
         residual = tl.load(
             residual_ptr + row * stride_residual + c, mask=inside, other=0.0, eviction_policy="evict_first"
         )
-        # Rounded as the stored sum is, so that backward, which reads that sum, sees the row that was normalised.
+        # Rounded like the stored sum, so that backward, which reads that sum, sees the row that was normalised.
         x = (x.to(ACC) + residual).to(x.dtype)
         tl.store(total_ptr + row * C + c, x, mask=inside)
     x = x.to(ACC)
@@ -128,7 +128,7 @@ def layer_norm_backward_kernel(
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns rows p, p + programs, ... and adds them, in this order, to one partial sum of each parameter."""
+    """Program p owns rows p, p + programs, ... and adds them, in this order, to one partial sum per parameter."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # the whole row wherever dx is wanted
@@ -136,15 +136,15 @@ def layer_norm_backward_kernel(
     dweight = tl.zeros([BLOCK_C], ACC)
     dbias = tl.zeros([BLOCK_C], ACC)
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)  # (BLOCK_C,)
-    for i in tl.range(program, R, programs, num_stages=STAGES):  # the loads of later rows run ahead
+    for i in tl.range(program, R, programs, num_stages=STAGES):  # loads of later rows are pipelined
         row = tl.cast(i, tl.int64)
         dy = tl.load(dy_ptr + row * stride_dy + c, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
         x = tl.load(x_ptr + row * stride_x + c, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
         rstd = tl.load(statistics_ptr + R + row)
-        xhat = (x - tl.load(statistics_ptr + row)) * rstd  # not 0 outside, but all that it meets there is
+        xhat = (x - tl.load(statistics_ptr + row)) * rstd  # not 0 outside, but all it is multiplied with there is
         if dx_ptr is not None:
             wdy = weight * dy
-            along, across = tl.reduce((wdy * xhat, wdy), 0, _add_pairs)  # one tree: one exchange between warps
+            along, across = tl.reduce((wdy * xhat, wdy), 0, _add_pairs)  # one reduction: one exchange between warps
             dx = (wdy - (xhat * (along / C) + across / C)) * rstd
             if dtotal_ptr is not None:
                 dx += tl.load(
@@ -174,7 +174,7 @@ def sum_partials_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Owns BLOCK_C columns of one result: adds rows BLOCK_P apart from first to last, then these as a tree."""
+    """One program owns BLOCK_C columns of one result: adds rows BLOCK_P apart in order, then those sums as a tree."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     partial_ptr += tl.program_id(1).to(tl.int64) * programs * C
@@ -191,7 +191,7 @@ def sum_partials_kernel(
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x as rows with a dense last axis, whatever its rank, and the stride between rows."""
+    """A tensor, of any rank, that holds the rows of x with a dense last axis, and the row stride."""
     if x.is_contiguous():  # nearly always, and then not even a view is needed
         return x, x.shape[-1]
     rows = _check.as_rows(x)
@@ -399,7 +399,7 @@ def _backward_cpu(
         mean,
         rstd,
         wide(weight),
-        wide(weight),  # stands for the bias, of which only the shape matters
+        wide(weight),  # stands in for the bias, of which only the shape matters
         (want_dx, want_dweight, want_dbias),
     )
     if want_dx:
@@ -540,8 +540,8 @@ def layer_norm(
     """Layer normalisation over the last axis: x (..., C) -> (..., C), in the dtype of x.
 
     weight and bias are (C,); statistics are float32; C <= 16384. Differentiable in x, weight and bias. With prenorm the
-    result is (y, x): x, which must not be modified in place, continues as the residual stream, x + f(y). The backward
-    kernel adds its gradient to that of y, for which autograd would move 3 elements per element of x in a separate pass.
+    result is (y, x): that x, not to be modified in place, continues as the residual stream, x + f(y), and its gradient
+    is added to that of y in the backward kernel; autograd would need a separate pass over 3 elements per element of x.
     Raises ValueError on a shape, dtype or device that does not fit. Source: Ba et al., 2016, arXiv:1607.06450.
     """
     if not prenorm:
@@ -549,7 +549,7 @@ def layer_norm(
     fused = (
         torch.is_grad_enabled()
         and x.requires_grad
-        and not torch.compiler.is_compiling()  # it takes no result that is an input, and fuses the addition itself
+        and not torch.compiler.is_compiling()  # it rejects a result that is an input, and fuses the addition itself
         and (x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type))  # which would cast x
     )
     y = _layer_norm(x, weight, bias, eps, fused)
