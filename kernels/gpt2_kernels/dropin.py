@@ -1,13 +1,13 @@
-"""`apply`: the operators put into somebody else's model, instance by instance, and taken out again.
+"""`apply`: installs the operators in an existing model, module by module, and can remove them again.
 
-A module is recognised by its exact type, or by its shape where it is written after nanoGPT; its *class* is then
-exchanged for one made of a forward from here and the class it had. Parameters, buffers, hooks, attribute names and
+A module is recognised by its exact type, or by its structure if modelled on nanoGPT; its *class* is then replaced by
+one that combines a forward from here with the class it had. Parameters, buffers, hooks, attribute names and
 `isinstance` stay as they were, so state_dict, copy.deepcopy, pickle, DDP, optimizers, autocast, checkpointing and
-torch.compile see the same model; no class of anybody's is changed. What cannot be computed exactly is left alone, and
-the report says why. Where a single call asks for what the operators do not do (attention weights, a mask of its own,
-a hook or an adapter put on an inner layer afterwards), the module's own forward serves that call.
+torch.compile see the same model; no existing class is modified. What cannot be computed exactly is left alone, and the
+report says why. Where a single call needs what the operators do not do (attention weights, a custom mask, a hook or an
+adapter put on an inner layer afterwards), the module's own forward handles that call.
 
-Above the operator files, like `modules`; transformers' modules are in `integrations.transformers`.
+Built on top of the operator files, like `modules`; transformers' modules are in `integrations.transformers`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ MAX_HEAD_DIM = 256
 
 
 class Fused(nn.Module):
-    """What the class of a replaced module begins with: a forward on the operators before the one it had."""
+    """First base class of a replaced module: a forward on the operators that takes precedence over the original."""
 
     by: str  # what computes it, for the report
 
     @classmethod
     def install(cls, module: nn.Module, model: nn.Module) -> None:
-        """`module` is in `model`, which is all that may be touched."""
+        """`module` is in `model`; nothing outside `model` may be modified."""
         combined: Any = _combined  # the cache hashes classes, which mypy takes for modules
         module.__class__ = combined(cls, type(module))
 
@@ -45,7 +45,7 @@ class Fused(nn.Module):
         self.__class__ = _before(type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled and copied by the two classes, since the combined one has no name that could be imported."""
+        """Pickles and copies by the two base classes, since the combined one has no importable name."""
         reduced: Any = super().__reduce_ex__(protocol)
         return (_rebuild, type(self).__bases__, *reduced[2:])
 
@@ -56,7 +56,7 @@ def _combined(fused: Any, base: Any) -> Any:
 
 
 def _before(kind: Any) -> Any:
-    """The class that a module had before `install`, under what others made of it since (parametrizations, FSDP)."""
+    """The class that a module had before `install`, also beneath later wrappers of it (parametrizations, FSDP)."""
     if "before" in vars(kind):
         return kind.before
     bases = tuple(_before(base) if issubclass(base, Fused) else base for base in kind.__bases__)
@@ -72,9 +72,9 @@ def _rebuild(fused: Any, base: Any) -> nn.Module:
 
 
 def plain(module: Any, kind: type) -> bool:
-    """Whether a layer is exactly that and nobody listens to it: then its weights may be used without calling it.
+    """Whether a layer is exactly of that type and has no hooks: then its weights may be used without calling it.
 
-    Adapters, quantised layers and parametrizations have another type; pruning and old weight norm are hooks; others put
+    Adapters, quantised layers and parametrizations have another type; pruning and old weight norm are hooks; others set
     a forward on the instance.
     """
     listeners = module._forward_hooks or module._forward_pre_hooks
@@ -83,7 +83,7 @@ def plain(module: Any, kind: type) -> bool:
 
 
 def gelu_product(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> Tensor:
-    """gelu(x w1^T + b1) w2^T + b2 with the fastest products there are; either bias may be missing."""
+    """gelu(x w1^T + b1) w2^T + b2 with the fastest matmuls available; either bias may be missing."""
     if b1 is not None and b2 is not None:
         return gelu_mlp(x, w1, b1, w2, b2, approximate=approximate, batch_invariant=False)
     hidden = linear(x, w1, b1, activation="gelu_tanh" if approximate == "tanh" else "gelu", batch_invariant=False)
@@ -91,7 +91,7 @@ def gelu_product(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tenso
 
 
 def _beyond_ours(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's layer norm takes what ours does not: float64, or float32 weights on bfloat16 activations."""
+    """Whether torch's layer norm accepts what ours does not: float64, or float32 weights on bfloat16 activations."""
     mixed = weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
     return mixed or x.dtype not in _check.DTYPES
 
@@ -111,7 +111,7 @@ class FusedLayerNorm(Fused):
 
 
 class FusedMultiheadAttention(Fused):
-    """Without weights, and with no mask or one that is said to be causal; all other calls are torch's own."""
+    """For calls without weights, and with no mask or one declared causal; all other calls go to torch's own."""
 
     by = "attention (torch's own for calls with need_weights, padding, or a mask that is not causal)"
     in_proj_weight: Tensor | None
@@ -158,7 +158,7 @@ class FusedMultiheadAttention(Fused):
 
 
 class FusedTransformerEncoderLayer(Fused):
-    """The layer's own modules, called one by one: torch's inference path would pass by those that were replaced."""
+    """Calls the layer's own modules one by one: torch's inference path would bypass the replaced ones."""
 
     by = "its replaced parts, and gelu_mlp where the activation is GELU"
     self_attn: nn.MultiheadAttention
@@ -179,7 +179,7 @@ class FusedTransformerEncoderLayer(Fused):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src.is_nested:  # torch.nn.TransformerEncoder packs padded batches so for its own inference path
+        if src.is_nested:  # torch.nn.TransformerEncoder packs padded batches this way for its own inference path
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class FusedTransformerEncoderLayer(Fused):
 
 
 def _gelu_form(activation: Any) -> str | None:
-    """ "none" (erf) or "tanh" where an activation is GELU, else None."""
+    """ "none" (erf) or "tanh" if an activation is GELU, else None."""
     if activation is F.gelu:
         return "none"
     return activation.approximate if type(activation) is nn.GELU else None
@@ -277,10 +277,10 @@ class FusedNanoAttention(Fused):
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_NOT_NANO = ("torch.", "transformers.", "gpt2_kernels", "gpt2.")  # packages whose modules are known by their type
+_NOT_NANO = ("torch.", "transformers.", "gpt2_kernels", "gpt2.")  # packages whose modules are recognised by type
 
 
-# What their forwards call of PyTorch, beside what changes shapes alone: all that `_trial` lets pass.
+# PyTorch functions that their forwards call, besides pure shape changes: all that `_trial` permits.
 _NORM_CALLS = ("layer_norm", "mean", "var", "add", "sub", "mul", "div", "pow", "__pow__", "sqrt", "rsqrt")
 _MLP_CALLS = ("linear", "gelu", "dropout", "add", "mul", "div", "pow", "__pow__", "tanh", "erf")
 _ATTENTION_CALLS = (
@@ -289,14 +289,14 @@ _ATTENTION_CALLS = (
 
 
 def _of_class(kind: type) -> set[str]:
-    """The attributes that the classes of a module's own give it, apart from methods and what Python keeps there."""
+    """The class attributes that a module gets from its own (non-torch) classes, apart from methods and Python's own."""
     own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
     found = {name: value for base in own for name, value in vars(base).items() if not name.startswith("__")}
     return {name for name, value in found.items() if not callable(value) and not hasattr(value, "__get__")}
 
 
 def _nano(module: Any, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | str | None:
-    """Modules named and shaped like nanoGPT's; that they mean the same is not assumed but tried, by `_trial`."""
+    """Modules named and structured like nanoGPT's; `_trial` tests that they also compute the same."""
     name, children = type(module).__name__.lower(), dict(module._modules)
     attributes = set(vars(module)) - _OF_EVERY_MODULE
     known: set[str]
@@ -345,10 +345,11 @@ def _nano(module: Any, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | st
 
 
 def _tried(module: Any, candidates: tuple[type[Fused], ...], calls: tuple[str, ...]) -> type[Fused] | str:
-    """The candidate that computes what the module does, or what it does instead."""
+    """The candidate that computes the same as the module, or what the module does instead."""
     heads = module.n_head if FusedNanoAttention in candidates else None
-    scales = (1.0, 3e-3) if heads else (1.0, 3e-3, 30.0, 1e4)  # small ones show an epsilon, and a softmax of large
-    other = "it is shaped like nanoGPT's module, but computes something else"  # scores rounding alone
+    # Small inputs expose an epsilon; a softmax of large scores shows only rounding.
+    scales = (1.0, 3e-3) if heads else (1.0, 3e-3, 30.0, 1e4)
+    other = "it is shaped like nanoGPT's module, but computes something else"
     if found := _trial.strange(module, calls, heads):
         return f"{other}: {found}"
     return next((each for each in candidates if _trial.agrees(module, each, scales)), other)
@@ -379,13 +380,13 @@ def _torch_module(module: Any) -> type[Fused] | str | None:
 
 
 def recognise(module: nn.Module, model: nn.Module, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | str | None:
-    """The class to put before the own one of a module of `model`, or why it is left, or None where it is no kind that
-    concerns us."""
+    """The class to put before the module's own, or why the module is left, or None if `apply` does not handle its
+    kind."""
     kind = type(module)
     found: type[Fused] | str | None = _torch_module(module)
     if found is None and kind.__module__.startswith("transformers."):
         try:
-            from gpt2_kernels.integrations import transformers  # it is imported already: here is a module of it
+            from gpt2_kernels.integrations import transformers  # already imported: this module is from it
         except ImportError as problem:  # a version that is too old
             return str(problem) if _sounds_like_ours(module) else None
         found = transformers.recognise(module, model)
@@ -441,21 +442,21 @@ class Handle:
     report: Report
 
     def revert(self) -> None:
-        """Give every module of the model that `apply` replaced, at any time, the class that it had before."""
+        """Restore the class of every module of the model that `apply` has ever replaced."""
         for module in list(self.model.modules()):
             if isinstance(module, Fused):
                 module.uninstall(self.model)
 
 
 def apply(model: nn.Module) -> Handle:
-    """Put the operators into `model`, in place, and say what was replaced and what was left, and why.
+    """Install the operators in `model`, in place, and report what was replaced and what was left, and why.
 
-    Known are torch.nn.LayerNorm, MultiheadAttention and TransformerEncoderLayer, transformers' GPT-2 MLP and attention,
-    and modules written after nanoGPT's LayerNorm, MLP and CausalSelfAttention. Only this instance is touched: classes,
+    Handles torch.nn.LayerNorm, MultiheadAttention and TransformerEncoderLayer, transformers' GPT-2 MLP and attention,
+    and modules modelled on nanoGPT's LayerNorm, MLP and CausalSelfAttention. Only this instance is modified: classes,
     parameters, buffers, hooks and state_dict keys stay as they are, so it may be called before or after an optimizer,
-    DDP or torch.compile saw the model, and twice does no more than once. A deep copy of the model keeps what was done.
-    Results are those of the modules replaced, up to rounding; dropout drops at the same rate, not the same elements.
-    Raises ValueError where `model` is not an nn.Module.
+    DDP or torch.compile sees the model, and is idempotent. A deep copy of the model keeps the replacements. Results are
+    those of the modules replaced, up to rounding; dropout drops at the same rate, not the same elements.
+    Raises ValueError if `model` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         _check.fail("apply", "model must be a torch.nn.Module", type(model).__name__)
