@@ -1,6 +1,6 @@
-"""Cross-entropy on a CPU, and the chunks of linear_cross_entropy, which are the same in its kernels.
+"""Cross-entropy on a CPU, and the chunking of linear_cross_entropy, which its Triton path shares.
 
-In C++ where the compiled extension serves the dtype; else in PyTorch, CHUNK logits at a time.
+In C++ where the compiled extension supports the dtype; else in PyTorch, CHUNK logits at a time.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from gpt2_kernels import _check, _native, _runtime
 from gpt2_kernels._runtime import statistics_dtype
 
 ALIVE = 16  # linear_cross_entropy holds 1 / ALIVE of the logits, or FEWEST_ROWS of them where those are more
-FEWEST_ROWS = 512  # products of fewer rows read the weight, and add to its gradient, for too little work
-TILE_ROWS = 128  # chunks hold a multiple of a GEMM's row tile where that costs no further chunk
-CHUNK = 1 << 20  # logits that cross_entropy takes at a time: float32 copies stay in the cache
+FEWEST_ROWS = 512  # matmuls of fewer rows read the weight, and add to its gradient, for too little work
+TILE_ROWS = 128  # chunks hold a multiple of a GEMM's row tile where that needs no extra chunk
+CHUNK = 1 << 20  # logits that cross_entropy processes at a time: float32 copies stay in the cache
 
 
 def chunk_rows(R: int, row_bytes: int, alive_row_bytes: int) -> int:
-    """Rows of a chunk: R * row_bytes / ALIVE bytes hold it, where each of its rows takes alive_row_bytes, or few do."""
+    """Rows per chunk: it fits in R * row_bytes / ALIVE bytes at alive_row_bytes per row, or has FEWEST_ROWS rows."""
     most = max(FEWEST_ROWS, R * row_bytes // (ALIVE * alive_row_bytes))
     chunks = max(1, -(-R // most))
-    even = max(1, -(-R // chunks))  # as many rows in each
+    even = max(1, -(-R // chunks))  # rows spread evenly
     return min(most, -(-even // TILE_ROWS) * TILE_ROWS)
 
 
 def outputs(rows: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (R,), room for d x (R, C) and d weight (V, C); a gradient that nobody needs has no rows.
+    """Losses (R,), buffers for d x (R, C) and d weight (V, C); a gradient that is not needed has no rows.
 
-    The first chunk writes d weight and the others add to it; without a row there is no chunk, and it is 0.
-    The gradients are those of the sum, and float32: neither 1 / rows nor a loss scale that has not come yet may push
-    float16 out of its range, and there is one rounding, in backward.
+    The first chunk writes d weight and the others add to it; with no rows there is no chunk, and it is 0. The gradients
+    are those of the sum, in float32: neither 1 / rows nor a loss scale applied later may push float16 out of its range,
+    and there is one rounding, in backward.
     """
     losses = rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows.dtype))
     dx = losses.new_empty(rows.shape[0] if need_dx else 0, rows.shape[1])
@@ -39,7 +39,7 @@ def outputs(rows: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) -> 
 
 
 def _rows_(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, maxima and sums of a chunk (n, V) in float32, which holds exp(logits - maximum) in the end."""
+    """Losses, maxima and sums of a chunk (n, V) in float32, which is overwritten by exp(logits - maximum)."""
     keep = targets != ignore_index
     chosen = logits.gather(1, targets.where(keep, 0)[:, None]).squeeze(1)
     maxima = logits.amax(1)
@@ -123,7 +123,7 @@ def linear_cross_entropy(
 
 
 def _gradient_of_chunk_(logits: Tensor, targets: Tensor, ignore_index: int, wanted: bool) -> Tensor:
-    """The losses of a chunk, which becomes the gradient of their sum where that is wanted."""
+    """The losses of a chunk, which is overwritten by the gradient of their sum where that is wanted."""
     if not _runtime.native(logits):
         wide = logits if logits.dtype == statistics_dtype(logits.dtype) else logits.to(statistics_dtype(logits.dtype))
         losses, _, totals = _rows_(wide, targets, ignore_index)

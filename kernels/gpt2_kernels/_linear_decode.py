@@ -1,9 +1,9 @@
-"""The product of `linear` for generated tokens: few rows, so that reading the weights is all the work.
+"""The matmul of `linear` for generated tokens (split-K): few rows, so reading the weights is all the work.
 
 y = activation(x weight^T + bias) + residual for x (M, K), weight (N, K): 2 N K bytes in bfloat16 whatever M is up to a
-few hundred. `linear_kernel`'s tiles of 128 columns are 6 programs for a projection of GPT-2 124M, each of which walks
-along all of K: 6 of 132 multiprocessors read 1.2 to 4.7 MB, at the pace of their loads. Here tiles are 64 columns wide
-and K is cut into splits of at least LEAST_K, into about PROGRAMS pieces where the weight is large enough:
+few hundred. `linear_kernel`'s tiles of 128 columns are 6 programs for a projection of GPT-2 124M, each of which loops
+over all of K: 6 of 132 SMs read 1.2 to 4.7 MB, at the pace of their loads. Here tiles are 64 columns wide and K is cut
+into splits of at least LEAST_K, into about PROGRAMS pieces where the weight is large enough:
 
     124M        tiles x splits    K of a split
     c_attn      36 x 4            192
@@ -12,10 +12,10 @@ and K is cut into splits of at least LEAST_K, into about PROGRAMS pieces where t
     c_proj      12 x 12           256
     wte         786 x 1           768
 
-How many splits there are depends on N and K alone, never on M or the GPU, and the parts of a tile are added in order of
-K by the program that takes the tile's last ticket, as in `_paged_decode`: a row's bits are its own. They are not those
-of `linear_kernel`, whose sums have no parts: a token's place in a text, prompt or not, decides which of the two it
-meets. Parts take 4 M N bytes a split of scratch, written and read in L2.
+The number of splits depends on N and K alone, never on M or the GPU, and the parts of a tile are added in order of K by
+the program that takes the tile's last ticket, as in `_paged_decode`: batch-invariant. The bits are not those of
+`linear_kernel`, which does not split K: a token's place in a text, prompt or not, decides which of the two computes it.
+Parts take 4 M N bytes of scratch per split, written and read in L2.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from gpt2_kernels._launch import launch, tickets
 from gpt2_kernels._overlap import prefetch, wait
 from gpt2_kernels._runtime import tl, triton
 
-# (compute capability from, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Compiled
+# (minimum compute capability, element size) -> (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); never keyed by M. Compiled
 # without spills (benchmarks.compile_report) but for two instructions of 64 splits on sm_100; not yet timed on a GPU.
 TILES = {
     (0, 2): (64, 64, 64, 4, 4),
     (0, 4): (16, 64, 32, 4, 3),
 }
-PROGRAMS = 144  # for one tile of rows, about: an H200 has 132 multiprocessors
-LEAST_K = 128  # of a split: two steps along K
+PROGRAMS = 144  # approximate, per tile of rows: an H200 has 132 SMs
+LEAST_K = 128  # per split: two steps along K
 PREFETCH = 4  # BLOCK_K each: all of a split of GPT-2's layers, 32 KB; more would queue before the loads, or not fit L2
 TOGETHER = 3  # parts that a combining program loads at a time
 
@@ -71,7 +71,7 @@ def linear_decode_kernel(
     PREFETCH_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A program owns SPLIT_K of K of one tile of y; the last of a tile adds its parts in order and stores the tile."""
+    """A program owns SPLIT_K of K of one tile of y; a tile's last to finish adds the parts in order and stores y."""
     tiles_m = tl.cdiv(M, BLOCK_M)  # tiles of the same columns run together, and read the weights once from memory
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -84,15 +84,15 @@ def linear_decode_kernel(
         weight_tile = weight_ptr + k.to(tl.int64)[:, None] * stride_weight + n[None, :]  # (BLOCK_K, BLOCK_N)
     else:
         weight_tile = weight_ptr + n.to(tl.int64)[:, None] * stride_weight + k[None, :]  # (BLOCK_N, BLOCK_K)
-    if OVERLAP and not WEIGHT_KN:  # weights need not wait for the kernel before: the first of them come to L2 meanwhile
+    if OVERLAP and not WEIGHT_KN:  # weights need not wait for the previous kernel: prefetch the first into L2
         for start in tl.static_range(0, PREFETCH_K, 2 * BLOCK_K):
-            # A line of 128 bytes is BLOCK_K of a row: an address a thread, two lines of each row.
+            # A 128-byte line is BLOCK_K of a row: one address per thread, two lines of each row.
             at = tl.minimum(split * SPLIT_K + start + BLOCK_K * tl.arange(0, 2), K - 1)
             prefetch(weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_weight + at[None, :])
     wait(OVERLAP)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, tl.minimum(SPLIT_K, K - split * SPLIT_K), BLOCK_K):
-        # Rows that are not there are not read: nearly all, for one text.
+        # Rows past M are not read: for one text, that is nearly all.
         x_there = (m < M)[:, None]
         if not EVEN_K:
             x_there = x_there & (start + k < K)[None, :]
@@ -115,13 +115,13 @@ def linear_decode_kernel(
     if SPLITS == 1:
         _store(acc, bias_ptr, residual_ptr, y_ptr, at, rows * stride_residual, n, N, inside, ACTIVATION)
     else:
-        size = tl.cast(M, tl.int64) * N  # of one split's parts
+        size = tl.cast(M, tl.int64) * N  # elements of one split's parts
         tl.store(parts_ptr + split * size + at, acc, mask=inside)
         tl.debug_barrier()  # the whole program has stored before its one ticket is taken
         # Release what was stored here, acquire what the others stored.
         if tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for first in tl.range(0, SPLITS, TOGETHER):  # that many loads on their way at a time
+            for first in tl.range(0, SPLITS, TOGETHER):  # that many loads in flight at a time
                 for part in tl.static_range(TOGETHER):
                     there = inside & (first + part < SPLITS)
                     # .cg: from L2, where the other programs left them
@@ -185,7 +185,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
         ACTIVATION=_check.ACTIVATIONS[activation or None],
         WEIGHT_KN=weight_kn,
         EVEN_K=K % block_k == 0,
-        # tf32 keeps 11 bits of a float32; torch's own default for matmul is the full 24 as well
+        # tf32 keeps 11 bits of a float32; torch's matmul also defaults to the full 24
         PRECISION="tf32" if x.element_size() == 2 else "ieee",
         SPLITS=splits,
         SPLIT_K=split_k,

@@ -1,26 +1,26 @@
-"""Paged attention of one query a sequence: the keys are cut into splits, and all is done by one launch.
+"""Paged attention for one query per sequence: split keys (Flash-Decoding style), in a single launch.
 
 A split is SPLIT keys, counted from position 0 and never by batch, so that the tree of sums depends on the sequence
-alone; a sequence that would have more than MAX_PARTS of them has splits of so many times SPLIT keys. One program
-attends to one split of one sequence, for one head, or for up to 16 heads that read the same keys. It leaves (sum of p
-v, maximum, sum of p) in a scratch buffer and takes a ticket; whoever takes the last ticket of its sequence and head
-adds the parts up in order of position. A sequence of one split needs neither.
+alone; a sequence that would have more than MAX_PARTS splits uses multiples of SPLIT keys instead. One program attends
+to one split of one sequence, for one head, or for up to 16 heads that read the same keys. It writes (sum of p v,
+maximum, sum of p) to a scratch buffer and takes a ticket; the program that takes the last ticket of its sequence and
+head combines the parts in order of position. A sequence of one split needs neither.
 
 Bytes of a program at D = 64 in bfloat16: 256 keys and values of 128 bytes, 64 KiB, read once, and 272 bytes of scratch
-written and read, 0.8 %. Arithmetic: 4 SPLIT D FLOPs a head, 1 a byte where every head has keys of its own (H = Hkv).
-A tensor-core tile would compute 16 rows for the one that is wanted, after a passage through shared memory; instead keys
-and values go from memory into registers, 16 bytes a load, and are multiplied there in float32: some 30 instructions of
-a warp a key, where the memory's pace leaves time for 50. Nothing depends on a load of the same split but the lookup in
-the table, so that a program has all its 64 KiB in flight at once; memory of 4.3 TB/s and 0.8 us of latency need 26 KiB
-a multiprocessor, and two programs are resident on each.
-A float8 cache halves the bytes: four programs of 32 KiB keep as much in flight. Its scales cost nothing a key: that of
-the keys is part of the score's scale, that of the values multiplies the sum.
-Where heads share keys (H > Hkv), the arithmetic is that much more for the same bytes: tensor cores, through a pipeline
-of tiles in shared memory.
+written and read, 0.8 %. Arithmetic: 4 SPLIT D FLOPs per head, 1 per byte where every head has keys of its own (H =
+Hkv). A tensor-core tile would compute 16 rows for the one that is wanted, after a trip through shared memory; instead
+keys and values are loaded from memory into registers, 16 bytes per load, and multiplied there in float32: some 30 warp
+instructions per key, where the memory bandwidth leaves time for 50. A split's loads depend only on the table lookup, so
+a program has all its 64 KiB in flight at once; 4.3 TB/s and 0.8 us of latency need 26 KiB per SM, and two programs are
+resident on each.
+A float8 cache halves the bytes: four programs of 32 KiB keep as much in flight. Its scales cost nothing per key: that
+of the keys is folded into the score's scale, that of the values multiplies the sum.
+Where heads share keys (H > Hkv), there is more arithmetic for the same bytes: tensor cores, with tiles pipelined
+through shared memory.
 
-`paged_decode_` gives the new keys and values with the queries, and saves the launch that would write them to the cache
-beforehand. The program of a sequence's last split writes its head's, and takes them from where they came: nothing has
-to be waited for, since no other sequence may have that slot among its keys.
+`paged_decode_` passes the new keys and values along with the queries, which saves the launch that would write them to
+the cache first. The program of a sequence's last split writes those of its head, and reads them from the inputs:
+nothing needs to wait, since no other sequence may have that slot among its keys.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from gpt2_kernels._launch import launch, tickets
 from gpt2_kernels._overlap import wait
 from gpt2_kernels._runtime import tl, triton
 
-# (compute capability from, element size, head dimension up to) -> (SPLIT, BLOCK_N, warps, stages). Compiled for sm_80,
-# sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a GPU. The first table is for heads that
-# have keys of their own, and its BLOCK_N is what registers hold.
+# (minimum compute capability, element size, maximum head dimension) -> (SPLIT, BLOCK_N, warps, stages). Compiled for
+# sm_80, sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a GPU. The first table is for heads
+# that have keys of their own; its BLOCK_N is what fits in registers.
 ONE_HEAD = {
     (0, 1, 64): (256, 256, 4, 1),
     (100, 1, 128): (256, 64, 4, 1),
@@ -60,7 +60,7 @@ SHARED_KEYS = {
     (0, 4, 64): (256, 32, 8, 2),
     (0, 4, 256): (256, 16, 8, 2),
 }
-# Of a float8 cache, by the type of the queries: tiles come through registers, where they are converted, unpipelined.
+# For a float8 cache, by the type of the queries: tiles pass through registers, where they are converted, unpipelined.
 SHARED_FLOAT8_KEYS = {
     (0, 2, 64): (256, 64, 8, 1),
     (0, 2, 128): (256, 32, 8, 1),
@@ -70,15 +70,15 @@ SHARED_FLOAT8_KEYS = {
     (0, 4, 64): (256, 32, 8, 1),
     (0, 4, 256): (256, 16, 8, 1),
 }
-# Parts of a sequence, at most: the scratch of all is what the table has room for, and one of 131,072 keys and 256
-# sequences of 32 heads would take 2 GB. 64 of a sequence's 8 heads are more programs than an H200 holds at a time.
+# Maximum parts per sequence: scratch is sized by what the table has room for, and 131,072 keys for 256 sequences of 32
+# heads would take 2 GB. 64 parts of a sequence's 8 heads are more programs than an H200 holds at once.
 MAX_PARTS = 64
-MAX_HEADS = 16  # that share keys and that one program serves: rows of a tensor-core tile
-COMBINED = 2048  # numbers of scratch that a combining program reads at a time
+MAX_HEADS = 16  # per program, sharing keys: rows of a tensor-core tile
+COMBINED = 2048  # scratch elements that a combining program reads at a time
 
 
 @triton.jit(
-    # What a batch decides: one compiled variant serves them all, and any slice of their index tensors.
+    # What varies by batch: one compiled variant serves all batches, and any slice of their index tensors.
     do_not_specialize=["stride_table", "num_blocks", "capacity", "all_rows", "window"],
     do_not_specialize_on_alignment=["table_ptr", "context_lens_ptr", "cu_seqlens_ptr", "slots_ptr"],
 )
@@ -89,9 +89,9 @@ def paged_decode_kernel(
     table_ptr,  # (S, max_blocks) int32
     context_lens_ptr,  # (S,) int32
     cu_seqlens_ptr,  # (S + 1,) int32; None where sequence s has row s
-    k_ptr,  # (Nq, Hkv, D), keys that go into the cache, or None where it has all
+    k_ptr,  # (Nq, Hkv, D), new keys for the cache, or None where it has all
     v_ptr,  # (Nq, Hkv, D)
-    slots_ptr,  # (S,) int64, where to; -1 for a sequence without
+    slots_ptr,  # (S,) int64, where they go; -1 for a sequence with none
     k_scale_ptr,  # (Hkv,) float32 for float8 caches, else None
     v_scale_ptr,  # (Hkv,)
     parts_ptr,  # (S, H, most parts, PART): D sums of p v, the maximum, the sum of p
@@ -123,7 +123,7 @@ def paged_decode_kernel(
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
     SPLIT: tl.constexpr,
-    MAX_PARTS: tl.constexpr,  # None where SPLIT keys each are never more
+    MAX_PARTS: tl.constexpr,  # None where splits of SPLIT keys never exceed it
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COMBINE: tl.constexpr,
@@ -131,9 +131,9 @@ def paged_decode_kernel(
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program owns a split of HEADS heads of one sequence; the last of a sequence adds its splits in order."""
+    """One program owns a split of HEADS heads of one sequence; the last to finish combines the splits in order."""
     wait(OVERLAP)
-    # Programs without keys, of texts shorter than the table is wide, start among the others and not after them.
+    # Programs without keys, for texts shorter than the table, are interleaved with the others, not launched after them.
     part = tl.program_id(0)
     group = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
@@ -153,22 +153,22 @@ def paged_decode_kernel(
         queries = tl.load(cu_seqlens_ptr + sequence + 1) - row
     if (part == 0) & (sequence == tl.num_programs(2) - 1):
         behind = (row + queries).to(tl.int64)
-        while behind < all_rows:  # rows behind the last sequence
+        while behind < all_rows:  # rows past the last sequence
             tl.store(out_at + behind * H * D, tl.zeros([HEADS, BLOCK_D], out_ptr.dtype.element_ty), mask=wanted)
             behind += 1
 
     context = tl.load(context_lens_ptr + sequence)
     tl.device_assert((queries == 0) | (queries == 1), "paged_attention: more queries than max_seqlen_q")
     tl.device_assert((context >= 0) & (context <= capacity), "paged_attention: context_lens outside the table")
-    context = tl.minimum(tl.maximum(context, 0), capacity)  # or the last ticket would never be taken
+    context = tl.minimum(tl.maximum(context, 0), capacity)  # else the last ticket would never be taken
     begin = 0
     if WINDOW:
         begin = tl.maximum(context - window, 0)
-    size = SPLIT  # known to the compiler wherever the table is not as wide as that: registers are few
+    size = SPLIT  # a constant unless the table is wide enough to need more: registers are scarce
     if MAX_PARTS is not None:
         size = SPLIT * tl.maximum(tl.cdiv(context - begin, SPLIT * (MAX_PARTS - 1)), 1)  # one less: two may be cut
     first = begin // size
-    parts = tl.maximum(tl.cdiv(context, size) - first, 1)  # one, with no key in it, where there is no context
+    parts = tl.maximum(tl.cdiv(context, size) - first, 1)  # one empty part where there is no context
     if (queries > 0) & (part < parts):
         row64 = row.to(tl.int64)
         if k_scale_ptr is not None:
@@ -193,7 +193,7 @@ def paged_decode_kernel(
             tl.device_assert((slot < 0) | (context > 0), "paged_decode_: a new key that context_lens does not count")
             fresh = (slot >= 0) & (end == context) & (context > 0)
             end -= fresh.to(tl.int32)
-            start = tl.where(begin < end, start, end)  # no tile where a window holds the new key alone
+            start = tl.where(begin < end, start, end)  # no tile where the window holds only the new key
         for n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
             j = n + tl.arange(0, BLOCK_N)
             there = j < end
@@ -209,9 +209,9 @@ def paged_decode_kernel(
             inside = there[:, None] & (d < D)[None, :]
             k = tl.load(k_cache_ptr + k_at[:, None] + d[None, :], mask=inside, other=0.0)  # (BLOCK_N, BLOCK_D)
             v = tl.load(v_cache_ptr + v_at[:, None] + d[None, :], mask=inside, other=0.0)
-            # Every tile has a key that counts: no maximum stays -inf but that of a split without keys.
+            # Every tile has a visible key: the maximum stays -inf only in a split without keys.
             if HEADS == 1:
-                # The compiler would put off loading values until it has multiplied keys: it has no q before this point.
+                # q is loaded here, or the compiler would delay loading the values until it has multiplied the keys.
                 tl.debug_barrier()
                 q = tl.load(q_row + kv_head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32) * scale_log2
                 s = tl.where(there, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))  # (BLOCK_N,)
@@ -263,7 +263,7 @@ def paged_decode_kernel(
             out = acc / tl.where(l > 0.0, l, 1.0)[:, None]  # a query with no key gives 0
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=wanted)
         else:
-            # A row of scratch for each head and part; the parts of a head lie side by side.
+            # One row of scratch per head and part; the parts of a head are adjacent.
             rows = (sequence * H + head) * tl.num_programs(0)  # (HEADS,)
             mine = parts_ptr + (rows + part) * PART
             tl.store(mine[:, None] + d[None, :], acc, mask=wanted)
@@ -279,7 +279,7 @@ def paged_decode_kernel(
 
 @triton.jit
 def _combine(parts_ptr, rows, parts, d, real, out_at, D: tl.constexpr, COMBINE: tl.constexpr, PART: tl.constexpr):
-    """Adds the parts of each head, COMBINE at a time and in order, and stores the row that they make."""
+    """Combines the parts of each head, COMBINE at a time and in order, and stores the resulting row."""
     HEADS: tl.constexpr = rows.shape[0]
     m = tl.full([HEADS], -float("inf"), tl.float32)
     l = tl.zeros([HEADS], tl.float32)
@@ -323,25 +323,25 @@ def decode(
     all_rows: int,
     fresh: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Launches the kernel: rows of q with keys in out, and those from cu_seqlens_q[-1] up to all_rows as zeros.
+    """Launches the kernel: writes `out` for the rows of q, and zeros from row cu_seqlens_q[-1] up to all_rows.
 
-    fresh: the queries' own keys, values (Nq, Hkv, D), and slots (S,) in the cache that they go to.
+    fresh: the queries' own keys and values (Nq, Hkv, D), and the cache slots (S,) that they go to.
     """
     (H, D), (num_blocks, block_size, Hkv) = q.shape[1:], k_cache.shape[:3]
     S, max_blocks = block_table.shape
     heads = 1 if H == Hkv else MAX_HEADS
     if heads == 1:
-        row = _check.tile_for(ONE_HEAD, k_cache)  # registers hold what the cache has
+        row = _check.tile_for(ONE_HEAD, k_cache)  # keyed by the cache's dtype, which registers hold
     else:
         row = _check.tile_for(SHARED_KEYS if k_cache.dtype == q.dtype else SHARED_FLOAT8_KEYS, q)
     split, block_n, warps, stages = row
     groups = Hkv * _check.cdiv(H // Hkv, heads)
     block_d = max(16, _check.power_of_2(D))
-    keys = max_blocks * block_size  # the host's bound: no look at context_lens
+    keys = max_blocks * block_size  # a bound known to the host, without reading context_lens
     if window:
-        keys = min(keys, window + split - 1)  # the first of them may lie inside a split
+        keys = min(keys, window + split - 1)  # the window may begin inside a split
     most = min(max(1, _check.cdiv(keys, split)), MAX_PARTS)
-    part = 4 * _check.cdiv(D + 2, 4)  # whole 16 bytes
+    part = 4 * _check.cdiv(D + 2, 4)  # a multiple of 16 bytes
     parts = torch.empty(S * H * most * part if most > 1 else 0, dtype=torch.float32, device=q.device)
     launch(
         paged_decode_kernel,

@@ -1,18 +1,18 @@
-"""Where the scores that a row keeps begin: the searches of top-k and top-p, without a sort.
+"""The threshold above which a row's scores are kept: top-k and top-p search, without a sort.
 
 A border is the largest threshold such that the scores that reach it number at least k, or weigh at least top_p of all.
-It is found by bisection over float32 in its own order, as 32-bit integers (keys); bfloat16 and float16 logits have far
-fewer values, and the search is among those. That number, and that weight, fall as the threshold rises, rounding
-included: a higher threshold makes addends of one fixed tree of additions zero, and a rounded sum never grows when an
-addend shrinks. So a bisection is well defined. Always, `low` reaches the goal (or is the floor) and `high` does not;
-with at most one score from `low` up to `high`, the border is known.
+It is found by bisection over float32 mapped to order-preserving 32-bit integers (keys); bfloat16 and float16 logits
+have far fewer values, and only those are searched. Count and weight never grow as the threshold rises, rounding
+included: a higher threshold zeroes addends of one fixed summation tree, and a rounded sum never grows when an addend
+shrinks. So bisection is well defined. Always, `low` reaches the goal (or is the floor) and `high` does not; with at
+most one score from `low` up to `high`, the border is known.
 
 What makes it short is a tournament: in the pass that computes a row's maximum and log-sum-exp, each of 4096 lanes keeps
-the three largest scores that it meets. These lie in registers, where a step of the search takes no pass over the row.
-The border found among them is never above the row's, since the row has more to reach a goal with. One pass over the
-row counts what reaches it: where the lanes hold all of that, it is the row's border. They fail to when some lane met
-four of n such scores, with a probability of about n^4 / (24 * 4096^3): 4 % for n = 500. Then the search goes on over
-the row, three thresholds a pass.
+the three largest scores that it sees. These are in registers, where a search step needs no pass over the row. The
+border found among them is never above the row's, since the row has more scores to reach the goal with. One pass over
+the row counts what reaches it: if the lanes hold all of that, it is the row's border. They do not when some lane saw
+four of n such scores, with a probability of about n^4 / (24 * 4096^3): 4 % for n = 500. Then the search continues over
+the row, three thresholds per pass.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def key_of(x):
 
 @triton.jit
 def value_of(key):
-    """The float32 of a key."""
+    """The float32 that has this key."""
     key = key.to(tl.int32)
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def tile_places(ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Places of a tile: rows one after another, so that a lane meets every LANES-th token."""
+    """Token offsets within a tile, row-major, so that a lane sees every LANES-th token."""
     return tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # (ROWS, LANES)
 
 
 @triton.jit
 def load_tile(ptr, start, V, other, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """A tile of a row. The rows of the tile are added to the address last: they are then part of the instruction."""
+    """A tile of a row. Row offsets are added to the address last, and so are part of the instruction."""
     ptrs = (ptr + start + tl.arange(0, LANES))[None, :] + tl.arange(0, ROWS)[:, None] * LANES
     return tl.load(ptrs, mask=start + tile_places(ROWS, LANES) < V, other=other)
 
@@ -56,7 +56,7 @@ def scores_of(
     if HAS_HISTORY:
         if penalty != 1.0:
             seen = load_tile(history_ptr, start, V, 0, ROWS, LANES) != 0
-            # Rounded as PyTorch rounds, or scores that tie there would not tie here.
+            # Rounded as in PyTorch, or scores that tie there would not tie here.
             x = tl.where(seen, tl.where(x > 0, tl.div_rn(x, tl.zeros_like(x) + penalty), x * penalty), x)
     return x
 
@@ -66,7 +66,7 @@ def reaching(
     logits_ptr, history_ptr, penalty, V, top, scale, t1, t2, t3,
     ROWS: tl.constexpr, LANES: tl.constexpr, HAS_HISTORY: tl.constexpr,
 ):  # fmt: skip
-    """How many scores of the row reach t1 <= t2 <= t3, and what they weigh: one pass, a sum per lane, then a tree."""
+    """The count and weight of the row's scores that reach t1 <= t2 <= t3: one pass, a sum per lane, then a tree."""
     n1 = tl.zeros((LANES,), tl.int32)
     n2 = tl.zeros((LANES,), tl.int32)
     n3 = tl.zeros((LANES,), tl.int32)
@@ -98,10 +98,11 @@ def find_border(
     BY_COUNT: tl.constexpr, SHIFT: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, HAS_HISTORY: tl.constexpr,
 ):  # fmt: skip
-    """The largest key, at least `floor`, that scores reach whose number (or weight) is at least `goal`.
+    """The largest key, at least `floor`, such that the scores that reach it number (or weigh) at least `goal`.
 
     Returns it, the weight that reaches it, and whether `first`, `second` and `third`, the lanes' largest scores, hold
-    all scores that do; `complete` says that they hold all that reach `floor`. Keys lack the SHIFT bits no score uses.
+    all scores that do; `complete` says that they hold all that reach `floor`. Keys lack the SHIFT low bits no score
+    uses.
     """
     limit = (key_of(top) >> SHIFT).to(tl.int64) + 1
     w_first = tl.exp2((first - top) * scale)
@@ -111,7 +112,7 @@ def find_border(
     threshold = value_of(low << SHIFT)
     n_low = _count(first, second, third, threshold)
     n_high = n_low * 0
-    # The least of the lanes' largest scores goes first: as a rule just below what is kept, it saves some ten steps.
+    # Start at the least of the lanes' largest scores: usually just below what is kept, it saves some ten steps.
     middle = (key_of(tl.min(tl.max(first, 0), 0)) >> SHIFT).to(tl.int64)
     middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
     while (high - low > 1) & (n_low - n_high > 1):
@@ -128,14 +129,14 @@ def find_border(
         middle = (low + high) >> 1
 
     threshold = value_of(low << SHIFT)
-    weight = goal  # not looked at where the lanes were complete: top-p is the last to search
+    weight = goal  # unused where the lanes were complete: top-p is the last search
     if not complete:
         n, n2, n3, weight, w2, w3 = reaching(
             logits_ptr, history_ptr, penalty, V, top, scale, threshold, threshold, threshold, ROWS, LANES, HAS_HISTORY
         )
         complete = n == n_low
         if not complete:
-            high, n_low, n_high = limit, n, n * 0  # the lanes' numbers fall short: only `low` is sure
+            high, n_low, n_high = limit, n, n * 0  # the lanes undercount: only `low` is certain
         while (high - low > 1) & (n_low - n_high > 1) & (not complete):
             width = high - low
             k1 = low + tl.maximum(width >> 2, 1)

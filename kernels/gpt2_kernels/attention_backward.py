@@ -3,11 +3,11 @@
     p = exp(s - lse),   dv = (p z)^T do,   dp = (do v^T) z,   delta = sum(do * out) - dlse
     ds = p (dp - delta),   dq = scale ds k,   dk = scale ds^T q           z: dropout's 0 or 1 / (1 - dropout_p)
 
-The first kernel owns queries and makes delta and dq; the second owns keys and makes dk and dv, with the scores
-transposed, so that p^T and ds^T never leave registers. Each result is added by one program in a fixed order: no
-atomics, the same bits each time.
-FLOPs, causal, Tq = Tk = T: (3 + 4) B H T^2 D, where one kernel that adds dq by atomics would do 5. Bytes of element
-size s: first kernel 6 B T H D s, second 6 B T H D s. Two exponentials for each visible pair.
+The first kernel tiles over queries and computes delta and dq; the second tiles over keys and computes dk and dv, with
+the scores transposed, so that p^T and ds^T never leave registers. One program sums each result, in a fixed order: no
+atomics, bitwise reproducible.
+FLOPs, causal, Tq = Tk = T: (3 + 4) B H T^2 D; a single kernel that adds dq with atomics would need 5. Bytes, for
+element size s: first kernel 6 B T H D s, second 6 B T H D s. Two exponentials per visible pair.
 Specification: gpt2_kernels.reference.attention_backward.
 """
 
@@ -24,7 +24,7 @@ from gpt2_kernels._launch import launch
 from gpt2_kernels._operator import register
 from gpt2_kernels._runtime import tl, triton
 
-# (compute capability from, element size, head dimension up to) -> (BLOCK_M queries, BLOCK_N keys, warps, stages).
+# (minimum compute capability, element size, maximum head dimension) -> (BLOCK_M queries, BLOCK_N keys, warps, stages).
 # Nothing spills in any case of benchmarks.compile_report; not yet timed on a GPU.
 DQ_TILES = {
     (0, 2, 64): (64, 64, 4, 2),
@@ -81,7 +81,7 @@ def _dq_blocks(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds to dq what keys first..last - 1 give, a multiple of BLOCK_N apart from the end of the sequence."""
+    """Adds the contribution of keys first..last - 1 to dq; `first` is a multiple of BLOCK_N."""
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
@@ -122,7 +122,7 @@ def attention_dq_kernel(
     do_ptr,  # as q
     lse_ptr,  # (B, H, Tq) or (1, H, Nq), contiguous, natural log
     dlse_ptr,  # as lse, or None
-    delta_ptr,  # as lse: written here, for the kernel of dk and dv
+    delta_ptr,  # as lse: written here, for the dk and dv kernel
     dq_ptr,  # (B, Tq, H, D), heads dense
     cu_q_ptr,  # (B + 1,) int32 where PACKED
     cu_k_ptr,
@@ -164,7 +164,7 @@ def attention_dq_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns BLOCK_M queries of one head and adds keys from the first visible up; long rows start first."""
+    """One program owns BLOCK_M queries of one head and loops over the keys that they see; long rows start first."""
     pid = tl.program_id(0)
     tile = tl.num_programs(0) // (B * H) - 1 - pid // (B * H)
     head = pid % (B * H)
@@ -279,12 +279,12 @@ def _dkdv_blocks(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds to dk and dv what queries first..last - 1 give, a multiple of BLOCK_M apart from the end of the sequence."""
+    """Adds the contribution of queries first..last - 1 to dk and dv; `first` is a multiple of BLOCK_M."""
     for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_M)
         t = start + tl.arange(0, BLOCK_M)
         offset = tl.cast(start, tl.int64)
-        # A query behind the last is a row of zeros: do = 0 and delta = 0, so that it adds nothing.
+        # A query past the last is a row of zeros: do = 0 and delta = 0, so it adds nothing.
         load = (t < Tq)[:, None]
         if not EVEN_D:
             load = load & d_inside
@@ -295,7 +295,7 @@ def _dkdv_blocks(
         s = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=ACC)  # (BLOCK_N, BLOCK_M)
         p = tl.exp2(s * scale_log2 - lse2[None, :])
         if MASKED:
-            # Keys behind the last have rows of their own in dk and dv, which are not stored.
+            # Keys past the last have rows of their own in dk and dv, which are not stored.
             i = t + (Tk - Tq)
             if CAUSAL:
                 keep = j[:, None] <= i[None, :]
@@ -308,7 +308,7 @@ def _dkdv_blocks(
         if DROPOUT:
             kept = tl.trans(dropout_keep(seed, head, t, tl.min(j, 0), threshold, BLOCK_N))
             dropped = tl.where(kept, p * keep_scale, 0.0)
-        # This product before the next one: the other order keeps 50 more registers alive.
+        # dv's matmul before dp's: the other order keeps 50 more registers alive.
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=ACC)
         dp = tl.dot(v, do.T, input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:
@@ -365,14 +365,14 @@ def attention_dkdv_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns BLOCK_N keys of one head and adds, query head by query head, the queries that see them, from the
-    first up; keys that many queries see start first."""
+    """One program owns BLOCK_N keys of one head and loops, query head by query head, over the queries that see them, in
+    order; keys that many queries see start first."""
     pid = tl.program_id(0)
     tile = pid // (B * Hkv)
     b = (pid % (B * Hkv) // Hkv).to(tl.int64)
     kv_head = (pid % Hkv).to(tl.int64)
     H = Hkv * queries_per_kv
-    head_rows = Tq.to(tl.int64)  # of lse, from one head to the next
+    head_rows = Tq.to(tl.int64)  # stride of lse between heads
     if PACKED:
         q_first = tl.load(cu_q_ptr + b)
         k_first = tl.load(cu_k_ptr + b)
@@ -474,7 +474,7 @@ def _launch(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """Writes dq, dk and dv, whose rows may lie apart, but for those behind the last sequence: no program owns them."""
+    """Writes dq, dk and dv, with any row stride, except rows past the last sequence: no program owns them."""
     H, Hkv = q.shape[2], k.shape[2]
     packed = cu_seqlens_q is not None
     B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
@@ -564,7 +564,7 @@ def _launch(
 def _backward_triton(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = torch.empty if options[0] is None else torch.zeros  # of rows behind the last sequence the gradient is 0
+    empty = torch.empty if options[0] is None else torch.zeros  # rows past the last sequence have gradient 0
     dq, dk, dv = (empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, k))
     _launch(dq, dk, dv, grad, grad_lse, q, k, v, out, lse, *options)
     return dq, dk, dv

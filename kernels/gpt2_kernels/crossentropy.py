@@ -1,19 +1,20 @@
-"""Cross-entropy: of logits, and of logits that are made and used up chunk by chunk.
+"""Cross-entropy of given logits, and of logits computed and consumed chunk by chunk (linear cross-entropy).
 
     cross_entropy          mean over rows r of  log sum_v exp(logits[r, v]) - logits[r, targets[r]]
     linear_cross_entropy   the same of logits = x weight^T, which never exist as a whole
     gradient               d logits[r, v] = (softmax(logits[r])[v] - [v = targets[r]]) / rows
 
-Layout: R rows of V logits; x (R, C) and weight (V, C). Rows whose target is ignore_index count nowhere and their logits
-are not read. Each row keeps its maximum and its sum of exponentials in float32, apart: the one number
-maximum + log(sum) would have no digits left for the sum where logits are large. The mean is taken on the device.
+Layout: R rows of V logits; x (R, C) and weight (V, C). Rows whose target is ignore_index do not count, and their logits
+are not read. Each row keeps its maximum and its sum of exponentials as separate float32 numbers: maximum + log(sum)
+would have no digits left for the sum where logits are large. The mean is taken on the device.
 
-cross_entropy, bytes for element size s: R V s forward, 2 R V s backward. V = 50257 starts most rows at addresses that
-no 16-byte load may have, so a row is taken as up to 15 bytes, then 16-byte pieces, then up to 15 bytes.
-linear_cross_entropy, FLOPs: 2 R V C forward and 4 R V C for the gradients, which are made in the forward pass, while a
-chunk's logits are there: backward would have to make the logits again, 2 R V C more (Hsu et al., 2024, "Liger Kernel").
-Bytes beside the products' operands: R V s written by the first product, read, overwritten by d logits, read by the two
-other products, 5 R V s (a row's second reading comes from L2), and 8 V C for each further chunk to add to d weight.
+cross_entropy, bytes for element size s: R V s forward, 2 R V s backward. With V = 50257 most rows start at addresses
+not aligned to 16 bytes, so a row is processed as up to 15 bytes, then 16-byte pieces, then up to 15 bytes.
+linear_cross_entropy, FLOPs: 2 R V C forward and 4 R V C for the gradients, which are computed in the forward pass,
+while a chunk's logits exist: backward would have to recompute the logits, 2 R V C more (Hsu et al., 2024, "Liger
+Kernel").
+Bytes besides the matmuls' operands: R V s written by the first matmul, read, overwritten by d logits, read by the two
+other matmuls, 5 R V s (a row's second reading comes from L2), and 8 V C for each further chunk to add to d weight.
 Memory: the logits of one chunk, at most 1/16 of all or 512 rows; for backward d x and d weight in float32, 4 (R + V) C.
 Specification: gpt2_kernels.reference.cross_entropy, linear_cross_entropy.
 """
@@ -33,18 +34,18 @@ from gpt2_kernels._operator import autocast, distinct, register
 from gpt2_kernels._runtime import accumulator, statistics_dtype, tl, triton
 
 MAX_VOCABULARY = 2**30  # columns are counted in int32
-ROW_MULTIPLE = 64  # logits of a chunk start on 128 bytes: the products ask for 16, and write whole cache lines
+ROW_MULTIPLE = 64  # logits of a chunk are 128-byte aligned: the matmuls need 16, and write whole cache lines
 
-# vocabulary up to -> (BLOCK, warps). Compiled without spills for sm_80, sm_90 and sm_100; not yet timed on a GPU.
+# maximum vocabulary -> (BLOCK, warps). Compiled without spills for sm_80, sm_90 and sm_100; not yet timed on a GPU.
 BLOCKS = ((1024, (1024, 4)), (MAX_VOCABULARY, (4096, 8)))
-# torch 2.11's product with a float32 result is not known to add to a float32 matrix: there the sum is a pass apart.
+# torch 2.11's matmul with a float32 result is not known to add to a float32 matrix: there the sum is a separate pass.
 ADDS_IN_PLACE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 12)
 BLOCK_MEAN = 1024  # rows that the one program of mean_kernel adds at a time
 
 
 @triton.jit
 def _aligned_part(first, V, VEC: tl.constexpr):
-    """Of V elements from `first` on: where the first whole VEC starts, elements before it, elements in whole VECs."""
+    """For V elements from `first` on: where the first whole VEC starts, elements before it, elements in whole VECs."""
     start = tl.multiple_of((first + VEC - 1) // VEC * VEC, VEC)
     length = tl.maximum((first + V) // VEC * VEC - start, 0).to(tl.int32)
     return start, (start - first).to(tl.int32), tl.multiple_of(length, VEC)
@@ -52,7 +53,7 @@ def _aligned_part(first, V, VEC: tl.constexpr):
 
 @triton.jit
 def _edge_columns(head, length, V, VEC: tl.constexpr):
-    """The columns of a row outside its aligned part, (2 VEC,), and which of these lanes have one."""
+    """The columns of a row outside its aligned part, (2 VEC,), and a mask of the lanes that have one."""
     lane = tl.arange(0, 2 * VEC)
     column = tl.where(lane < VEC, lane, head + length + lane - VEC)
     return column, column < tl.where(lane < VEC, tl.minimum(head, V), V)
@@ -60,7 +61,7 @@ def _edge_columns(head, length, V, VEC: tl.constexpr):
 
 @triton.jit
 def _gradient(x, column, target, maximum, inverse, scale):
-    """(softmax - [column = target]) scale; (x - maximum) first, for it is exact where x log2(e) is rounded."""
+    """(softmax - [column = target]) scale; x - maximum comes first: it is exact where x log2(e) is rounded."""
     return (tl.exp2((x - maximum) * 1.4426950408889634) * inverse - tl.where(column == target, 1.0, 0.0)) * scale
 
 
@@ -81,11 +82,11 @@ def _write_gradient(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of d logits, by the alignment of what is written; a row that is left out is zeroed without being read."""
+    """One row of d logits, split by the alignment of the output; an ignored row is zeroed without being read."""
     inverse = 1.0 / total
     scale = tl.where(keep, scale, 0.0)
     known = (target >= 0) & (target < V)
-    scale = tl.where(keep & (known == 0), float("nan"), scale)  # a target that does not exist: loudly wrong
+    scale = tl.where(keep & (known == 0), float("nan"), scale)  # a target that does not exist: visibly wrong
     shift = first - first_grad
     if SAME_ALIGNMENT:
         shift = tl.multiple_of(shift, VEC)
@@ -103,7 +104,7 @@ def _write_gradient(
 
 @triton.jit(do_not_specialize=["V", "stride_logits", "ignore_index"])
 def cross_entropy_kernel(
-    logits_ptr,  # (R, V); with IN_PLACE it holds d logits, not yet divided by the number of rows, in the end
+    logits_ptr,  # (R, V); with IN_PLACE overwritten by d logits, not yet divided by the number of rows
     targets_ptr,  # (R,)
     losses_ptr,  # (R,)
     maxima_ptr,  # (R,), or None with IN_PLACE
@@ -116,7 +117,7 @@ def cross_entropy_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program owns one row: its edges, then BLOCK columns at a time, lane by lane, and at last one tl.sum."""
+    """One program owns one row: its edges, then BLOCK columns at a time, summed per lane, and finally one tl.sum."""
     row = tl.program_id(0).to(tl.int64)
     first = row * stride_logits
     target = tl.load(targets_ptr + row)
@@ -143,7 +144,7 @@ def cross_entropy_kernel(
     total = tl.where(keep, tl.sum(sums, 0), 1.0)
     maximum = tl.where(keep, maximum, 0.0)
     tl.store(losses_ptr + row, tl.where(keep, tl.log(total) + (maximum - chosen), 0.0))
-    if IN_PLACE:  # the sum above has waited for every warp's loads, so none can meet what is written here
+    if IN_PLACE:  # the sum above has waited for every warp's loads, so none can see what is written here
         _write_gradient(
             logits_ptr, logits_ptr, first, first, target, keep, maximum, total, 1.0, V, True, VEC, ACC, BLOCK
         )
@@ -201,7 +202,7 @@ def mean_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program adds all rows, BLOCK at a time, lane by lane and at last by one tl.sum."""
+    """One program sums all rows, BLOCK at a time, one sum per lane, and finally one tl.sum."""
     lane = tl.arange(0, BLOCK).to(tl.int64)
     sums = tl.zeros([BLOCK], ACC)
     counts = tl.zeros([BLOCK], tl.int64)
@@ -212,7 +213,7 @@ def mean_kernel(
         counts += (target != ignore_index).to(tl.int64)
     count = tl.sum(counts, 0)
     divisor = tl.maximum(count, 1).to(ACC)
-    tl.store(mean_ptr, tl.where(count > 0, tl.sum(sums, 0) / divisor, float("nan")))  # NaN for no row, as torch
+    tl.store(mean_ptr, tl.where(count > 0, tl.sum(sums, 0) / divisor, float("nan")))  # NaN without rows, as in torch
     tl.store(scale_ptr, tl.where(count > 0, 1.0 / divisor, 0.0))
 
 
@@ -290,10 +291,10 @@ def _cross_entropy_backward_triton(
 
 
 def _add_product_(out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
-    """out = beta out + a b, where out is float32 whatever a and b are.
+    """out = beta out + a b, with out in float32 whatever a and b are.
 
-    cuBLAS rather than our `linear`, which exists to give a row the same bits in any batch: a mean over the batch has no
-    row to promise that of. Variants with `out` are also those that autocast leaves alone.
+    cuBLAS rather than our `linear`, which exists for batch invariance: a mean over the batch has no use for that. The
+    `out` variants are also those that autocast leaves alone.
     """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
@@ -302,7 +303,7 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
     elif out.is_cuda:
         product = torch.mm(a, b, out_dtype=out.dtype)
         out.copy_(product) if beta == 0 else out.add_(product)
-    else:  # in the interpreter: PyTorch has no such product on a CPU
+    else:  # in the interpreter: PyTorch has no such matmul on a CPU
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
@@ -418,11 +419,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, targets, scale = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # a second time through a retained graph: the first took them along
+        if gradients is None:  # second backward through a retained graph: the first consumed them
             gradients = torch.ops.gpt2_kernels.linear_cross_entropy(x, weight, targets, *ctx.options)[2:]
         _, need_dx, need_dweight = ctx.options
         factor = grad * scale  # stays on the device
-        # In place: another d weight would take a CPU as long as half a product, for its fresh pages alone.
+        # In place: allocating another d weight would cost a CPU half a matmul's time in page faults alone.
         dx, dweight = (gradient.mul_(factor).to(x.dtype) for gradient in gradients)
         return dx.view(x.shape) if need_dx else None, dweight if need_dweight else None, *(None,) * 4
 
@@ -440,11 +441,11 @@ def _check_arguments(op: str, tensor: Tensor, targets: Tensor, V: int, ignore_in
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Mean of -log softmax(logits)[target]: logits (..., V), targets (...) int64 -> float32 scalar, in nats.
 
-    Rows whose target is ignore_index are left out of the mean and get a gradient of 0; where none is left the mean is
-    NaN, as torch's. float32 for every dtype of logits: a mean loss in bfloat16 would have three digits. The gradient
-    has the dtype of logits. Raises ValueError on a shape, dtype or device that does not fit and, for tensors on a CPU,
-    on a target outside 0..V-1; on a GPU such a target makes the loss and its row's gradient NaN, and Triton's debug
-    mode (TRITON_DEBUG=1) stops at it.
+    Rows whose target is ignore_index are left out of the mean and get a gradient of 0; if none is left the mean is NaN,
+    as in torch. The loss is float32 for every dtype of logits: in bfloat16 it would have three digits. The gradient has
+    the dtype of logits. Raises ValueError on a shape, dtype or device that does not fit and, for tensors on a CPU, on a
+    target outside 0..V-1; on a GPU such a target makes the loss and its row's gradient NaN, and fails a device
+    assertion under TRITON_DEBUG=1.
     """
     if logits.dim() < 1:
         _check.fail("cross_entropy", "logits must be (..., V)", tuple(logits.shape))
@@ -459,11 +460,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """cross_entropy(x weight^T, targets) without the logits: x (..., C), weight (V, C), targets (...) int64 -> scalar.
 
-    At most 1/16 of the logits (or 512 rows) is alive at a time, in the dtype of x; the loss is float32.
-    Gradients of x and weight, where they are wanted, are made in the forward pass, summed in float32 in a fixed order
-    and rounded once, in backward; on a CPU each product in bfloat16 is rounded as well. Float32 products obey
-    torch.backends.cuda.matmul as torch's own do. Ignored rows, targets outside the vocabulary and errors: as in
-    `cross_entropy`.
+    At most 1/16 of the logits (or 512 rows) is alive at a time, in the dtype of x; the loss is float32. Gradients of x
+    and weight, where needed, are computed in the forward pass, summed in float32 in a fixed order and rounded once, in
+    backward; on a CPU each bfloat16 matmul is rounded as well. Float32 matmuls obey torch.backends.cuda.matmul as
+    torch's own do. Ignored rows, targets outside the vocabulary and errors: as in `cross_entropy`.
     """
     _check.rank("linear_cross_entropy", "weight", weight, "(V, C)")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1] or not x.shape[-1]:

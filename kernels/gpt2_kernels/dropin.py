@@ -1,13 +1,13 @@
-"""`apply`: replaces modules of an existing model by our operators, instance by instance, reversibly.
+"""`apply`: installs the operators in an existing model, module by module, and can remove them again.
 
-A module is recognised by its exact type, or by its shape if it is modelled on nanoGPT. Its *class* is then exchanged
-for one that combines a forward from here with the class it had. Parameters, buffers, hooks, attribute names and
+A module is recognised by its exact type, or by its structure if modelled on nanoGPT; its *class* is then replaced by
+one that combines a forward from here with the class it had. Parameters, buffers, hooks, attribute names and
 `isinstance` stay as they were, so state_dict, copy.deepcopy, pickle, DDP, optimizers, autocast, checkpointing and
-torch.compile see the same model, and no existing class is modified. What cannot be computed exactly is left alone, and
-the report says why. If a single call asks for something the operators do not do (attention weights, a mask of its own,
-a hook or an adapter added to an inner layer afterwards), the module's own forward serves that call.
+torch.compile see the same model; no existing class is modified. What cannot be computed exactly is left alone, and the
+report says why. Where a single call needs what the operators do not do (attention weights, a custom mask, a hook or an
+adapter put on an inner layer afterwards), the module's own forward handles that call.
 
-Above the operator files, like `modules`; transformers' modules are in `integrations.transformers`.
+Built on top of the operator files, like `modules`; transformers' modules are in `integrations.transformers`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,71 @@ from gpt2_kernels.fused_attention import attention_qkvpacked
 from gpt2_kernels.layernorm import MAX_WIDTH, layer_norm
 from gpt2_kernels.sdpa import scaled_dot_product_attention
 
+MAX_HEAD_DIM = 256
+
+
+class Fused(nn.Module):
+    """First base class of a replaced module: a forward on the operators that takes precedence over the original."""
+
+    by: str  # what computes it, for the report
+
+    @classmethod
+    def install(cls, module: nn.Module, model: nn.Module) -> None:
+        """`module` is in `model`; nothing outside `model` may be modified."""
+        combined: Any = _combined  # the cache hashes classes, which mypy takes for modules
+        module.__class__ = combined(cls, type(module))
+
+    def uninstall(self, model: nn.Module) -> None:
+        self.__class__ = _before(type(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles and copies by the two base classes, since the combined one has no importable name."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_rebuild, type(self).__bases__, *reduced[2:])
+
+
+@functools.cache
+def _combined(fused: Any, base: Any) -> Any:
+    return type(f"Fused{base.__name__}", (fused, base), {"__module__": fused.__module__, "before": base})
+
+
+def _before(kind: Any) -> Any:
+    """The class that a module had before `install`, also beneath later wrappers of it (parametrizations, FSDP)."""
+    if "before" in vars(kind):
+        return kind.before
+    bases = tuple(_before(base) if issubclass(base, Fused) else base for base in kind.__bases__)
+    return type(kind.__name__, bases, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")})
+
+
+def _rebuild(fused: Any, base: Any) -> nn.Module:
+    combined = _combined(fused, base)
+    return combined.__new__(combined)
+
+
+# --- what forwards are made of --------------------------------------------------------------------------------------
+
+
+def plain(module: Any, kind: type) -> bool:
+    """Whether a layer is exactly of that type and has no hooks: then its weights may be used without calling it.
+
+    Adapters, quantised layers and parametrizations have another type; pruning and old weight norm are hooks; others set
+    a forward on the instance.
+    """
+    listeners = module._forward_hooks or module._forward_pre_hooks
+    listeners = listeners or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not listeners and "forward" not in vars(module)
+
+
+def gelu_product(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x w1^T + b1) w2^T + b2 with the fastest matmuls available; either bias may be missing."""
+    if b1 is not None and b2 is not None:
+        return gelu_mlp(x, w1, b1, w2, b2, approximate=approximate, batch_invariant=False)
+    hidden = linear(x, w1, b1, activation="gelu_tanh" if approximate == "tanh" else "gelu", batch_invariant=False)
+    return F.linear(hidden, w2, b2)
+
 
 def _beyond_ours(x: Tensor, weight: Tensor) -> bool:
-    """Whether only torch's layer norm takes these dtypes: float64, or float32 weights with bfloat16 activations."""
+    """Whether torch's layer norm accepts what ours does not: float64, or float32 weights on bfloat16 activations."""
     mixed = weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
     return mixed or x.dtype not in _check.DTYPES
 
@@ -48,7 +110,7 @@ class FusedLayerNorm(Fused):
 
 
 class FusedMultiheadAttention(Fused):
-    """Serves calls without attention weights and with no mask or a causal one; torch's own forward serves the rest."""
+    """For calls without weights, and with no mask or one declared causal; all other calls go to torch's own."""
 
     by = "attention (torch's own for calls with need_weights, padding, or a mask that is not causal)"
     in_proj_weight: Tensor | None
@@ -95,7 +157,7 @@ class FusedMultiheadAttention(Fused):
 
 
 class FusedTransformerEncoderLayer(Fused):
-    """Calls the layer's modules one by one: torch's fused inference path would bypass those that were replaced."""
+    """Calls the layer's own modules one by one: torch's inference path would bypass the replaced ones."""
 
     by = "its replaced parts, and gelu_mlp where the activation is GELU"
     self_attn: nn.MultiheadAttention
@@ -116,7 +178,7 @@ class FusedTransformerEncoderLayer(Fused):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src.is_nested:  # torch.nn.TransformerEncoder packs padded batches so for its own inference path
+        if src.is_nested:  # torch.nn.TransformerEncoder packs padded batches this way for its own inference path
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x: Tensor) -> Tensor:
@@ -149,7 +211,7 @@ class FusedTransformerEncoderLayer(Fused):
 
 
 def _gelu_form(activation: Any) -> str | None:
-    """ "none" (erf) or "tanh" if the activation is a GELU, else None."""
+    """ "none" (erf) or "tanh" if an activation is GELU, else None."""
     if activation is F.gelu:
         return "none"
     return activation.approximate if type(activation) is nn.GELU else None
@@ -214,10 +276,10 @@ class FusedNanoAttention(Fused):
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_NOT_NANO = ("torch.", "transformers.", "gpt2_kernels", "gpt2.")  # packages whose modules are known by their type
+_NOT_NANO = ("torch.", "transformers.", "gpt2_kernels", "gpt2.")  # packages whose modules are recognised by type
 
 
-# The PyTorch functions that nanoGPT's forwards call, besides those that only change shapes; `_trial` allows no others.
+# PyTorch functions that their forwards call, besides pure shape changes: all that `_trial` permits.
 _NORM_CALLS = ("layer_norm", "mean", "var", "add", "sub", "mul", "div", "pow", "__pow__", "sqrt", "rsqrt")
 _MLP_CALLS = ("linear", "gelu", "dropout", "add", "mul", "div", "pow", "__pow__", "tanh", "erf")
 _ATTENTION_CALLS = (
@@ -226,14 +288,14 @@ _ATTENTION_CALLS = (
 
 
 def _of_class(kind: type) -> set[str]:
-    """Data attributes that a module gets from its own classes, not from nn.Module."""
+    """The class attributes that a module gets from its own (non-torch) classes, apart from methods and Python's own."""
     own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
     found = {name: value for base in own for name, value in vars(base).items() if not name.startswith("__")}
     return {name for name, value in found.items() if not callable(value) and not hasattr(value, "__get__")}
 
 
 def _nano(module: Any, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | str | None:
-    """Modules named and shaped like nanoGPT's; that they compute the same is not assumed but tested, by `_trial`."""
+    """Modules named and structured like nanoGPT's; `_trial` tests that they also compute the same."""
     name, children = type(module).__name__.lower(), dict(module._modules)
     attributes = set(vars(module)) - _OF_EVERY_MODULE
     known: set[str]
@@ -282,10 +344,11 @@ def _nano(module: Any, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | st
 
 
 def _tried(module: Any, candidates: tuple[type[Fused], ...], calls: tuple[str, ...]) -> type[Fused] | str:
-    """The candidate that computes the same as the module, or else how the module differs."""
+    """The candidate that computes the same as the module, or what the module does instead."""
     heads = module.n_head if FusedNanoAttention in candidates else None
-    scales = (1.0, 3e-3) if heads else (1.0, 3e-3, 30.0, 1e4)  # small ones show an epsilon, and a softmax of large
-    other = "it is shaped like nanoGPT's module, but computes something else"  # scores rounding alone
+    # Small inputs expose an epsilon; a softmax of large scores shows only rounding.
+    scales = (1.0, 3e-3) if heads else (1.0, 3e-3, 30.0, 1e4)
+    other = "it is shaped like nanoGPT's module, but computes something else"
     if found := _trial.strange(module, calls, heads):
         return f"{other}: {found}"
     return next((each for each in candidates if _trial.agrees(module, each, scales)), other)
@@ -316,13 +379,13 @@ def _torch_module(module: Any) -> type[Fused] | str | None:
 
 
 def recognise(module: nn.Module, model: nn.Module, proofs: dict[Any, type[Fused] | str]) -> type[Fused] | str | None:
-    """The replacement class for a module of `model`, or why the module is left alone, or None if it is of no kind that
-    `apply` replaces."""
+    """The class to put before the module's own, or why the module is left, or None if `apply` does not handle its
+    kind."""
     kind = type(module)
     found: type[Fused] | str | None = _torch_module(module)
     if found is None and kind.__module__.startswith("transformers."):
         try:
-            from gpt2_kernels.integrations import transformers  # it is imported already: here is a module of it
+            from gpt2_kernels.integrations import transformers  # already imported: this module is from it
         except ImportError as problem:  # a version that is too old
             return str(problem) if _sounds_like_ours(module) else None
         found = transformers.recognise(module, model)
@@ -378,21 +441,21 @@ class Handle:
     report: Report
 
     def revert(self) -> None:
-        """Give every module of the model that any `apply` replaced its former class back."""
+        """Restore the class of every module of the model that `apply` has ever replaced."""
         for module in list(self.model.modules()):
             if isinstance(module, Fused):
                 module.uninstall(self.model)
 
 
 def apply(model: nn.Module) -> Handle:
-    """Replace modules of `model` by our operators, in place, and report what was replaced, what was left, and why.
+    """Install the operators in `model`, in place, and report what was replaced and what was left, and why.
 
-    Known modules are torch.nn.LayerNorm, MultiheadAttention and TransformerEncoderLayer, transformers' GPT-2 MLP and
-    attention, and modules modelled on nanoGPT's LayerNorm, MLP and CausalSelfAttention. Only this instance changes:
-    classes, parameters, buffers, hooks and state_dict keys stay as they are, so it may be called before or after an
-    optimizer, DDP or torch.compile has seen the model. A second call changes nothing; a deep copy keeps the
-    replacements. Results are those of the replaced modules, up to rounding; dropout has the same rate, but drops other
-    elements. Raises ValueError if `model` is not an nn.Module.
+    Handles torch.nn.LayerNorm, MultiheadAttention and TransformerEncoderLayer, transformers' GPT-2 MLP and attention,
+    and modules modelled on nanoGPT's LayerNorm, MLP and CausalSelfAttention. Only this instance is modified: classes,
+    parameters, buffers, hooks and state_dict keys stay as they are, so it may be called before or after an optimizer,
+    DDP or torch.compile sees the model, and is idempotent. A deep copy of the model keeps the replacements. Results are
+    those of the modules replaced, up to rounding; dropout drops at the same rate, not the same elements.
+    Raises ValueError if `model` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         _check.fail("apply", "model must be a torch.nn.Module", type(model).__name__)

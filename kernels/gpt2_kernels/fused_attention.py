@@ -150,8 +150,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns BLOCK_M queries of one head and loops over the keys they see, in order; long rows start
-    first."""
+    """One program owns BLOCK_M queries of one head and loops over the keys that they see; long rows start first."""
     pid = tl.program_id(0)
     tile = tl.num_programs(0) // (B * H) - 1 - pid // (B * H)
     head = pid % (B * H)

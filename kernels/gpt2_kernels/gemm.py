@@ -190,7 +190,7 @@ def _product(
         HAS_RESIDUAL=residual is not None,
         HAS_PRE=pre is not None,
         EVEN_K=even_k,
-        # tf32 keeps 11 bits of a float32; torch's own default for matmul is the full 24 as well
+        # tf32 keeps 11 bits of a float32; torch's matmul also defaults to the full 24
         PRECISION="tf32" if size == 2 else "ieee",
         ACC=accumulator(x.dtype),
         BLOCK_M=block_m,

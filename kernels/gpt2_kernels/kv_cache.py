@@ -1,8 +1,8 @@
 """Writing new keys and values into a paged cache.
 
-The cache is blocks of `block_size` tokens; token n goes to slot = block * block_size + offset. Bytes of element size s:
-N Hkv D keys and as many values are read and written once, 4 N Hkv D s; no arithmetic, but for a float8_e4m3fn cache:
-that holds x / scale of its head, at most +-448, rounded to nearest even.
+The cache consists of blocks of `block_size` tokens; token n goes to slot = block * block_size + offset. Bytes, for
+element size s: N Hkv D keys and as many values are read and written once, 4 N Hkv D s. No arithmetic, except for a
+float8_e4m3fn cache: it holds x / scale of its head, clamped to +-448, rounded to nearest even.
 Specification: gpt2_kernels.reference.append_kv_.
 """
 
@@ -96,7 +96,7 @@ def _append_triton(
             D=D,
             BLOCK_H=_check.power_of_2(H),
             BLOCK_D=_check.power_of_2(D),
-            num_warps=min(32, max(4, _check.power_of_2(H) * _check.power_of_2(D) // 1024)),  # 32 elements a thread
+            num_warps=min(32, max(4, _check.power_of_2(H) * _check.power_of_2(D) // 1024)),  # 32 elements per thread
         )
 
 

@@ -1,12 +1,12 @@
 """Attention over a paged key-value cache (PagedAttention, Kwon et al., 2023), for decode and prefill alike.
 
-Queries of S sequences lie packed, (Nq, H, D): sequence s owns rows cu_seqlens_q[s] up to cu_seqlens_q[s + 1], which are
-the last positions of its context_lens[s] keys. Its keys lie in the blocks that its row of the table names.
-Bytes of a decode step with element size s: 2 Hkv D s for each key in the context, 1 FLOP a byte at H = Hkv: a GPU is
-bound by reading the cache; everything else is small.
+Queries of S sequences are packed, (Nq, H, D): sequence s owns rows cu_seqlens_q[s] up to cu_seqlens_q[s + 1], which are
+the last positions of its context_lens[s] keys. Its keys are in the blocks listed in its row of the block table.
+Bytes of a decode step, for element size s: 2 Hkv D s per key in the context, 1 FLOP per byte at H = Hkv: reading the
+cache is the bottleneck on a GPU; everything else is small.
 
-A query's result depends on its own row and its own keys alone: tiles are cut by the position of the key, never by
-batch, so a row has the same bits in every batch and for every block size.
+A query's result depends on its own row and its own keys alone: tiles are cut by key position, never by batch, so a row
+has the same bits in every batch and for every block size.
 Specification: gpt2_kernels.reference.paged_attention.
 """
 
@@ -23,9 +23,9 @@ from gpt2_kernels._runtime import tl, triton
 
 LOG2_E = 1.4426950408889634
 
-# (compute capability from, element size, head dimension up to) -> (BLOCK_M, BLOCK_N, warps, stages) of prefill,
+# (minimum compute capability, element size, maximum head dimension) -> (BLOCK_M, BLOCK_N, warps, stages) of prefill,
 # whatever the batch: compiled for sm_80, sm_90 and sm_100 without spills (tests/test_offline.py), not yet timed on a
-# GPU. Full float32 products run on the CUDA cores, hence more warps there.
+# GPU. Full float32 matmuls run on the CUDA cores, hence more warps there.
 PREFILL = {
     (0, 2, 64): (64, 64, 4, 2),
     (0, 2, 256): (32, 32, 4, 2),
@@ -33,7 +33,7 @@ PREFILL = {
     (0, 4, 128): (32, 16, 4, 2),
     (0, 4, 256): (16, 16, 8, 2),
 }
-# Of a float8 cache: tiles come through registers, where they are converted, and no pipeline.
+# For a float8 cache: tiles pass through registers, where they are converted, without pipelining.
 FLOAT8_PREFILL = {
     (0, 2, 64): (64, 64, 4, 1),
     (0, 2, 256): (32, 32, 4, 1),
@@ -42,12 +42,12 @@ FLOAT8_PREFILL = {
     (0, 4, 256): (16, 16, 8, 1),
 }
 
-TORCH_TILE = 64  # queries of a prompt that PyTorch computes at a time, where nothing better does
-MAX_SEQUENCES = 65535  # of one launch: what the second axis of a grid holds, and the third
+TORCH_TILE = 64  # queries of a prompt that PyTorch computes at a time, as the fallback
+MAX_SEQUENCES = 65535  # per launch: the limit of a grid's second and third axes
 
 
 @triton.jit(
-    # What a batch decides: one compiled variant serves them all, and any slice of their index tensors.
+    # What varies by batch: one compiled variant serves all batches, and any slice of their index tensors.
     do_not_specialize=["stride_table", "num_blocks", "window"],
     do_not_specialize_on_alignment=["table_ptr", "context_lens_ptr", "cu_seqlens_ptr"],
 )
@@ -84,9 +84,9 @@ def paged_attention_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program owns BLOCK_M queries of one head of one sequence and adds its keys in order of position.
+    """One program owns BLOCK_M queries of one head of one sequence and loops over its keys in order of position.
 
-    Heads, of which some may read the same keys, start side by side; last tiles, which have the most keys, start first.
+    Heads, some of which may share keys, start side by side; the last tiles, which have the most keys, start first.
     """
     h = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
@@ -127,7 +127,7 @@ def paged_attention_kernel(
             v_at = block * stride_vb + offset * stride_vt + kv_head * stride_vh
             k = tl.load(k_cache_ptr + k_at[:, None] + d[None, :], mask=inside, other=0.0)
             v = tl.load(v_cache_ptr + v_at[:, None] + d[None, :], mask=inside, other=0.0)
-            k, v = k.to(q.dtype), v.to(q.dtype)  # float8 fits into each of them
+            k, v = k.to(q.dtype), v.to(q.dtype)  # float8 is exact in each of them
             s = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             keep = there[None, :] & (j[None, :] <= i[:, None])
             if WINDOW:
@@ -161,7 +161,7 @@ def _prefill(
     v_scale: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Launches the kernel: rows of q with keys in out."""
+    """Launches the kernel, which writes to `out` the rows of q that belong to a sequence."""
     H, D = q.shape[1:]
     table = PREFILL if k_cache.dtype == q.dtype else FLOAT8_PREFILL
     block_m, block_n, warps, stages = _check.tile_for(table, q)
@@ -223,7 +223,7 @@ def _paged_triton(
     if out.numel() == 0 or max_seqlen_q == 0:
         return out
     sequences, scale_log2 = context_lens.shape[0], scale * LOG2_E
-    for first in range(0, sequences, MAX_SEQUENCES):  # they have nothing to do with each other
+    for first in range(0, sequences, MAX_SEQUENCES):  # sequences are independent
         last = first + MAX_SEQUENCES
         table, lens, cu = block_table, context_lens, cu_seqlens_q
         if sequences > MAX_SEQUENCES:  # slices cost the host a microsecond each
@@ -335,10 +335,10 @@ def _prefill_torch(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
-    """`reference.paged_attention` in tiles of positions, TORCH_TILE queries each over all keys up to the tile's end.
+    """`reference.paged_attention` in tiles of positions: TORCH_TILE queries over all keys up to the tile's end.
 
-    The bits of PyTorch's products depend on their shapes. Here a position is always the same row of the same shapes,
-    padded with zeros, whichever chunk of its prompt is being computed, so a token has the same bits in every batch.
+    The bits of PyTorch's matmuls depend on the shapes. Here a position is always the same row of the same zero-padded
+    shapes, whichever part of its prompt is being computed, so a token has the same bits in every batch.
     """
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts, lengths = cu_seqlens_q.tolist(), context_lens.tolist()
@@ -360,7 +360,7 @@ def _prefill_torch(
 
 
 def _check_indices(k_cache: Tensor, block_table: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor, Nq: int) -> None:
-    """Checks the contents of the index tensors, on the CPU path only, where reading them needs no synchronisation."""
+    """Checks the contents of the index tensors; only on the CPU path, where reading them costs no synchronisation."""
     op, (num_blocks, block_size) = "paged_attention", k_cache.shape[:2]
     cu, lens = cu_seqlens_q.tolist(), context_lens.tolist()
     if cu[0] != 0 or cu[-1] > Nq or any(b < a for a, b in zip(cu, cu[1:])):
@@ -426,13 +426,13 @@ def paged_attention(
     """Causal attention of packed queries over a paged cache: q (Nq, H, D) -> (Nq, H, D).
 
     k_cache, v_cache (num_blocks, block_size, Hkv, D), any strides with a dense last axis; block_table (S, max_blocks)
-    int32; context_lens (S,) int32, including the queries; cu_seqlens_q (S + 1,) int32, the first row of each sequence;
-    max_seqlen_q, an upper bound on the queries of a sequence; 1 means decode, which has a kernel of its own.
-    The queries are the last positions of their sequence. The caches have the dtype of q, or are float8_e4m3fn, whose
-    values are multiplied by k_scale and v_scale, both (Hkv,) float32; on a GPU that needs compute capability 8.9.
-    window w keeps the nearest w keys of a query, itself included. A query with no key gives 0. No gradient.
-    The programs of a decode share counters that belong to the stream: a CUDA graph that contains one must not run
-    concurrently with other decodes, or `linear`'s, that were launched or captured on the stream where it was captured.
+    int32; context_lens (S,) int32, the queries included; cu_seqlens_q (S + 1,) int32, first row of each sequence;
+    max_seqlen_q at least the most queries of any sequence, where 1 means decode: decode and prefill have a tile each.
+    The queries are the last positions of their sequence. The caches have the dtype of q, or are float8_e4m3fn and are
+    dequantised by k_scale and v_scale, both (Hkv,) float32; on a GPU that needs compute capability 8.9. window w keeps
+    the nearest w keys of a query, its own included. A query with no key gives 0. No gradient. Decode programs
+    synchronise through counters that belong to the stream: a CUDA graph that contains one must not run concurrently
+    with other decodes, or `linear`'s, launched or captured on the stream where it was captured.
     Raises ValueError on a shape, dtype, device or option that does not fit; an index outside the cache is an error on
     the CPU and a device assertion under TRITON_DEBUG=1 on a GPU. Source: Kwon et al., 2023, arXiv:2309.06180.
     """
@@ -465,12 +465,12 @@ def paged_decode_(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`append_kv_` and `paged_attention` for one new token per sequence, in one launch: q (S, H, D) -> (S, H, D).
+    """`append_kv_` and `paged_attention` of one new token per sequence, in one launch: q (S, H, D) -> (S, H, D).
 
     k, v (S, Hkv, D) are written to slots (S,) int64 of the cache, each the slot of its sequence's last position,
-    context_lens[s] - 1; -1 if a sequence has no new token and its last position is already in the cache. A written slot
-    must belong to one sequence: no other may attend to it in this call. Otherwise as in those two. No gradient. Raises
-    ValueError as they do.
+    context_lens[s] - 1; -1 for a sequence with no new token, whose last position is in the cache already. A slot that
+    is written belongs to its sequence alone: no other may attend to it in this call. Everything else is as in those
+    two. No gradient. Raises ValueError as they do.
     """
     op = "paged_decode_"
     _check.rank(op, "q", q, "(S, H, D)")

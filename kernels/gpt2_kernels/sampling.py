@@ -6,16 +6,16 @@
     min-p   keeps w_i >= min_p
     draw    the first id whose running sum of kept weights exceeds u * total
 
-One uniform number u in [0, 1) decides a row, and (seed, position) decides u, by a counter-based generator: what is
-drawn never depends on the batch, on the order of calls or on the device's own random state.
+One uniform number u in [0, 1) decides a row, and (seed, position) decides u, through a counter-based generator: the
+draw never depends on the batch, the order of calls or the device's random state.
 
-No sort of the vocabulary: a and b are found by bisection, in registers as a rule (gpt2_kernels._thresholds says how).
+The vocabulary is not sorted: a and b are found by bisection, usually in registers (see gpt2_kernels._thresholds).
 
 Bytes, for S rows: S V s read from memory, once, and S V more of history where there is one; the 100 KB of a GPT-2 row
-in bfloat16 then stay in its SM's L1 cache, or in L2. The work is in instructions: on sm_90, for each score, 14 in the
-first pass (19 where something is searched for), 14 to count what lies above a border, 19 to draw, 25 to count above
-three borders; and 120 to 190 for each thread and step of the search in registers. Thousands of cycles of an SM, which
-issues 128 a cycle, for a row of V = 50257 in bfloat16, searches of ten steps (counted in compiled code, not timed):
+in bfloat16 then stay in its SM's L1 cache, or in L2. The cost is instructions: on sm_90, per score, 14 in the first
+pass (19 with a search), 14 to count what lies above a border, 19 to draw, 25 to count above three borders; and 120 to
+190 per thread and step of the search in registers. Thousands of cycles of an SM, which issues 128 a cycle, for a row of
+V = 50257 in bfloat16, searches of ten steps (counted in compiled code, not timed):
     greedy                         1 pass            6
     temperature alone              2 passes         14
     top-k                          3 passes         26
@@ -37,10 +37,10 @@ from gpt2_kernels._overlap import wait
 from gpt2_kernels._runtime import tl, triton
 from gpt2_kernels._thresholds import find_border, key_of, load_tile, reaching, scores_of, tile_places, value_of
 
-MAX_PASSES = 32  # so many likeliest tokens are found by a pass over the row for each; more of them by a stable sort
+MAX_PASSES = 32  # up to this many likeliest tokens are found by one pass over the row each; more by a stable sort
 
-# One program owns one row, in tiles of (ROWS, LANES), a lane for each thread. Compiled without spills for sm_80, sm_90
-# and sm_100, which (8, 1024) and (16, 512) were not; not yet timed on a GPU.
+# One program owns one row, in tiles of (ROWS, LANES), one lane per thread. Compiled without spills for sm_80, sm_90 and
+# sm_100, which (8, 1024) and (16, 512) were not; not yet timed on a GPU.
 ROWS, LANES = 8, 512
 MAX_VOCABULARY = 2**31 - 1 - 2 * ROWS * LANES  # ids are int32, and the last tile and the one after it pass the end
 
@@ -76,7 +76,7 @@ def _first_at(
 
 @triton.jit
 def _kept(x, top, scale, threshold, min_p):
-    """The weights of what is kept, 0 for the rest."""
+    """The weights of the kept tokens, 0 for the rest."""
     w = tl.exp2((x - top) * scale)
     return tl.where((x >= threshold) & (w >= tl.minimum(min_p, 1.0)), w, 0.0)  # a min_p above 1 would keep nothing
 
@@ -92,14 +92,14 @@ def _draw(
     for start in range(0, V, ROWS * LANES):
         x = scores_of(logits_ptr, history_ptr, penalty, start, V, ROWS, LANES, HAS_HISTORY)
         # float64 across lanes: in float32 a token's share of a sum of 50,000 would be rounded away, and the CPU would
-        # draw another token. Within a lane few are added, and conversions cost as much as exponentials.
+        # draw another token. Within a lane few are summed, and conversions cost as much as exponentials.
         w = tl.sum(_kept(x, top, scale, threshold, min_p), 0).to(tl.float64)  # (LANES,)
         sums = tl.where(t == start // (ROWS * LANES), tl.sum(w, 0), sums)
     # The first word of Philox-4x32-10 (Salmon et al., 2011) at counter (position, 0, 0, 0).
     word, _, _, _ = tl.randint4x(seed, position.to(tl.int32))
     point = (word >> 8).to(tl.float64) * 5.9604644775390625e-08 * tl.sum(sums, 0)  # 2^-24
-    # The running sums of a parallel scan are rounded each in its own way, and need not rise. The first that exceeds the
-    # point is well defined all the same, only what weighs something is drawn, and where none exceeds it, the last such.
+    # The sums of a parallel scan are each rounded differently, so they need not be monotonic. The first that exceeds
+    # the point is still well defined; only a token of nonzero weight is drawn, and the last such if none exceeds it.
     chosen = tl.min(tl.where((sums > 0) & (tl.cumsum(sums, 0) > point), t, TILES), 0)
     chosen = tl.where(chosen < TILES, chosen, tl.max(tl.where(sums > 0, t, 0), 0))
     start = chosen * (ROWS * LANES)
@@ -138,10 +138,10 @@ def sample_kernel(
     HAS_HISTORY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program owns one row: a sum for each lane over the tiles, then a tree over the lanes.
+    """One program owns one row: a sum per lane over the tiles, then a tree over the lanes.
 
-    Addresses are not specialised, so loads are not wider than a score: a row of 50257 is not aligned, and wider loads
-    where it happens to be would add in another order, and the same row would have other bits.
+    Addresses are not specialised, so no load is wider than one score: rows of 50257 are not aligned, and wider loads
+    for those that happen to be would sum in another order and give the same row other bits.
     """
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
@@ -156,7 +156,7 @@ def sample_kernel(
     searches = (temperature > 0) & (limited | (top_p < 1.0))
     lowest = -3.4028234663852886e38  # the least finite float32: with it, -inf - lowest is no NaN
 
-    largest = tl.full((LANES,), lowest, tl.float32)  # of the logits as given, and the sum of exp(logit - largest)
+    largest = tl.full((LANES,), lowest, tl.float32)  # of the unpenalised logits; total: the sum of exp(logit - largest)
     total = tl.zeros((LANES,), tl.float32)
     best = tl.full((LANES,), -float("inf"), tl.float32)  # the largest score, and the start of its first tile
     best_start = tl.zeros((LANES,), tl.int32)
@@ -166,7 +166,7 @@ def sample_kernel(
     ahead = load_tile(logits_ptr, 0, V, -float("inf"), ROWS, LANES)
     for start in range(0, V, ROWS * LANES):
         x = ahead.to(tl.float32)
-        # Read a tile ahead: these loads alone go to memory, and take longest.
+        # Prefetch the next tile: only these loads go to memory, and they take longest.
         ahead = load_tile(logits_ptr, start + ROWS * LANES, V, -float("inf"), ROWS, LANES)
         new = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp2((largest - new) * 1.4426950408889634)
@@ -186,17 +186,17 @@ def sample_kernel(
     log_total = overall + tl.log(tl.sum(total * tl.exp2((largest - overall) * 1.4426950408889634), 0))
     top = tl.max(best, 0)
 
-    # A NaN or +inf among the logits makes their log-sum-exp NaN; of -inf alone it is -inf.
+    # A NaN or +inf among the logits makes their log-sum-exp NaN; if all are -inf it is -inf.
     usual = (tl.abs(log_total) < float("inf")) & (tl.abs(top) < float("inf"))
     token = 0
     if not usual:
         packed = _next_largest(logits_ptr, history_ptr, penalty, V, 0x7FFFFFFFFFFFFFFF, ROWS, LANES, HAS_HISTORY)
         token = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
     elif temperature > 0:
-        # 1e-35 is greedy for all that float32 logits can tell, and its inverse is finite.
+        # 1e-35 is indistinguishable from greedy for float32 logits, and its inverse is finite.
         scale = 1.4426950408889634 / tl.maximum(temperature, 1e-35)
         border = (key_of(tl.zeros_like(top) + lowest) >> SHIFT).to(tl.int64)
-        complete = V <= 3 * ROWS * LANES  # whether the lanes hold every score that is still kept
+        complete = V <= 3 * ROWS * LANES  # whether the lanes' registers hold every kept score
         kept_weight = 0.0
         if limited:
             border, kept_weight, complete = find_border(
@@ -312,8 +312,8 @@ def _on_cpu(
     outputs = _fake(
         logits, temperature, top_k, top_p, min_p, seeds, positions, history, repetition_penalty, top_logprobs
     )
-    # PyTorch sums one long row with several threads and many rows with a thread each, and the two orders of addition
-    # give other bits. One row at a time is always summed in the same order.
+    # PyTorch sums one long row with several threads but many rows with one thread each, and the two summation orders
+    # give different bits. One row at a time is always summed in the same order.
     for i in range(logits.shape[0]):
         token, logprob, top = reference.sample(
             logits[i : i + 1],
@@ -377,16 +377,16 @@ def sample(
     repetition_penalty: Tensor | None = None,
     top_logprobs: int = 0,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """One token for each row of logits (S, V): (tokens (S,) int64, logprobs (S,) float32, top).
+    """One token per row of logits (S, V): (tokens (S,) int64, logprobs (S,) float32, top).
 
     Per row, all (S,): temperature float32, 0 is greedy, ties go to the lowest id; top_k int64, 0 is off, ties at the
-    threshold stay; top_p float32 in (0, 1], the fewest tokens that reach it, and ties; min_p float32 in [0, 1], times
-    the likeliest token's probability; seeds and positions int64. history (S, V) bool marks the tokens that
-    repetition_penalty (S,) float32 makes less likely. Log-probabilities are the model's own: of the logits as given,
-    before any of these. top is None, or the ids and log-probabilities (S, top_logprobs) of the likeliest tokens, by
-    log-probability, ties by id; more than 32 of them cost a sort.
-    A logit of -inf is never drawn. A row that has no finite logit, a +inf or a NaN takes its first maximum (a NaN, if
-    there is one), and its log-probabilities mean nothing.
+    threshold stay; top_p float32 in (0, 1], keeps the fewest tokens that reach it, and ties; min_p float32 in [0, 1],
+    relative to the likeliest token's probability; seeds and positions int64. history (S, V) bool marks the tokens that
+    repetition_penalty (S,) float32 makes less likely. Log-probabilities are the model's own: those of the logits as
+    given, before any of these options. top is None, or the ids and log-probabilities (S, top_logprobs) of the likeliest
+    tokens, by log-probability, ties by id; more than 32 of them cost a sort.
+    A logit of -inf is never drawn. A row with no finite logit, a +inf or a NaN takes its first maximum (a NaN, if there
+    is one), and its log-probabilities are meaningless.
     Raises ValueError on a shape, dtype or device that does not fit. Has no gradient.
     """
     op = "sample"
