@@ -71,7 +71,7 @@ SHARED_FLOAT8_KEYS = {
     (0, 4, 256): (256, 16, 8, 1),
 }
 # Maximum parts per sequence: scratch is sized by what the table has room for, and 131,072 keys for 256 sequences of 32
-# heads would take 2 GB. 64 parts of a sequence's 8 heads are more programs than an H200 holds at once.
+# heads of D = 128 would take 2 GB. 64 parts of 8 heads are 512 programs, about as many as an H200 holds at once.
 MAX_PARTS = 64
 MAX_HEADS = 16  # per program, sharing keys: rows of a tensor-core tile
 COMBINED = 2048  # scratch elements that a combining program reads at a time

@@ -1,7 +1,7 @@
 """What this machine has: GPU, Triton, the compiled extension, and the dtypes its CPU multiplies natively.
 
-All such queries are here, in cached functions, and none runs at import: `import gpt2_kernels` works with no GPU, no
-driver and no Triton.
+All such queries are here and none runs at import: `import gpt2_kernels` works with no GPU, no driver and no Triton.
+What is slow to find out is cached.
 """
 
 from __future__ import annotations
