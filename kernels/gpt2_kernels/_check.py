@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises one ValueError that names the operator, the rule and the value got."""
+"""Argument checks: each raises one ValueError that names the operator, the rule and the value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fail(op: str, rule: str, got: Any) -> NoReturn:
 
 
 def same_kind(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
-    """`tensor` has a dtype that kernels know; every other tensor has its dtype and device."""
+    """`tensor` has a dtype that the kernels support; the others have its dtype and device."""
     if tensor.dtype not in DTYPES:
         fail(op, f"dtype of {first} must be float32, float16 or bfloat16", tensor.dtype)
     for name, other in others.items():
@@ -44,7 +44,7 @@ def cache(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    """Caches have the dtype of `tensor`; or are float8_e4m3fn, and then, and only then, there are scales (Hkv,)."""
+    """Caches have the dtype of `tensor`, or are float8_e4m3fn; scales (Hkv,) are given if and only if they are."""
     same_kind(op, first, tensor)
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     if k_cache.dtype != FLOAT8:
@@ -77,7 +77,7 @@ def paged(
     block_table: Tensor,
     context_lens: Tensor,
 ) -> None:
-    """A paged cache that is read, and where the keys of its sequences lie."""
+    """A paged cache to read from, with its block table and context lengths."""
     rank(op, "k_cache", k_cache, "(num_blocks, block_size, Hkv, D)")
     cache(op, "q", q, k_cache, v_cache, k_scale, v_scale)
     shape(op, "k_cache", k_cache, (*k_cache.shape[:3], q.shape[2]), "(num_blocks, block_size, Hkv, D)")
@@ -93,7 +93,7 @@ def paged(
 
 
 def float8_gpu(op: str, k_cache: Tensor) -> None:
-    """`gpu_refusal` of a float8 cache, of the GPU too that kernels are being compiled for offline."""
+    """`gpu_refusal` for a float8 cache, also for the target of offline compilation."""
     if k_cache.dtype == FLOAT8 and (refusal := _runtime.too_old(_runtime.architecture(k_cache.device), FLOAT8)):
         raise ValueError(f"{op}: {refusal}")
 
@@ -118,7 +118,7 @@ def index(op: str, name: str, tensor: Tensor, dtype: torch.dtype, like: Tensor) 
 
 
 def targets(op: str, tensor: Tensor, V: int, ignore_index: int) -> None:
-    """Indices of V classes, where looking at them waits for no device; on a GPU the kernel asserts, in debug mode."""
+    """Class indices below V; values are read on a CPU only, at no cost. On a GPU the kernel asserts, in debug mode."""
     if tensor.device.type == "cpu":
         wrong = tensor[(tensor != ignore_index) & ((tensor < 0) | (tensor >= V))]
         if wrong.numel():
@@ -145,7 +145,7 @@ def heads(op: str, q_heads: int, kv_heads: int, head_dim: int) -> None:
 
 
 def no_gradient(op: str, **tensors: Tensor) -> None:
-    """The cache operators have none: better an error than gradients that are missing without a word."""
+    """The cache operators have no gradient: an error is better than one that is silently missing."""
     _operator.refuse_tangents(op, *tensors.values())
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
@@ -156,27 +156,27 @@ def no_gradient(op: str, **tensors: Tensor) -> None:
 
 
 def transposed(weight: Tensor) -> bool:
-    """Whether a matrix is dense along its first axis alone, as transformers' GPT-2 keeps its weights."""
+    """Whether a matrix is dense along its first axis only, as transformers' GPT-2 stores its weights."""
     return weight.stride(0) == 1 and weight.stride(1) != 1
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself, or one contiguous copy where its last axis is not dense: kernels read rows as vectors."""
+    """The tensor itself, or a contiguous copy if its last axis is not dense: kernels load rows as vectors."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(rows, C) with a dense last axis: a view where the leading axes merge into one, else a copy."""
+    """(rows, C) with a dense last axis: a view if the leading axes merge into one, else a copy."""
     return unit_last_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # -1 is ambiguous where C is 0
 
 
 def as_shape(y: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A new result, contiguous, under another shape, and not as a view: FSDP's hooks warn of results that are one."""
+    """A new, contiguous result in another shape, but not as a view: FSDP's hooks warn about results that are views."""
     return y if y.shape == shape else torch.ops.aten._unsafe_view(y, shape)
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own functions for the host cost ten times as much, 2 us a call."""
+    """a / b, rounded up. Triton's own host function takes ten times as long, 2 us per call."""
     return -(-a // b)
 
 
@@ -186,9 +186,10 @@ def power_of_2(n: int) -> int:
 
 
 def tile_for(table: Mapping[tuple[int, int, int], Tile], tensor: Tensor, width: int | None = None) -> Tile:
-    """The first row that fits of a launch table keyed by (compute capability from, element size, head dimension up to).
+    """The first matching row of a launch table keyed by (minimum compute capability, element size, maximum head
+    dimension).
 
-    `width` stands for the head dimension where a kernel needs the registers of a wider one.
+    `width` replaces the head dimension if a kernel needs the registers of a wider one.
     """
     arch, size, width = _runtime.architecture(tensor.device), tensor.element_size(), width or tensor.shape[-1]
     return next(
@@ -197,7 +198,7 @@ def tile_for(table: Mapping[tuple[int, int, int], Tile], tensor: Tensor, width: 
 
 
 def product_tile(table: Mapping[tuple[int, int], Tile], tensor: Tensor) -> Tile:
-    """The first row that fits of a launch table keyed by (compute capability from, element size)."""
+    """The first matching row of a launch table keyed by (minimum compute capability, element size)."""
     arch, size = _runtime.architecture(tensor.device), tensor.element_size()
     return next(row for (least, bytes_), row in table.items() if arch >= least and size == bytes_)
 
@@ -212,5 +213,5 @@ def cpu_flash_serves(q: Tensor, k: Tensor, causal: bool, window: int, seed: Tens
 
 
 def dense_heads_first(*tensors: Tensor) -> list[Tensor]:
-    """(B, H, T, D) views with a dense last axis, which PyTorch's CPU flash attention takes for granted unchecked."""
+    """(B, H, T, D) views with a dense last axis, which PyTorch's CPU flash attention assumes without checking."""
     return [unit_last_stride(t).transpose(1, 2) for t in tensors]

@@ -1,11 +1,11 @@
 """The compiled CPU operators, `torch.ops.gpt2_kernels_cpu`: found, compiled once, loaded.
 
-The C++ sources are compiled **at first use into a cache**, in a few seconds, and not when the package is installed. pip
-builds our wheel before torch is there; naming torch in `build-system.requires` would make every install download it
-twice; and Triton needs a C compiler at run time in any case. The code keeps to LibTorch's stable ABI of torch 2.11.
+The C++ sources are compiled **on first use, into a cache**, in a few seconds, not when the package is installed: pip
+builds our wheel before torch is there, naming torch in `build-system.requires` would make every install download it
+twice, and Triton needs a C compiler at run time anyway. The code uses only LibTorch's stable ABI of torch 2.11.
 
-Nothing here runs at import, prints, or raises where it cannot work: without a compiler `load()` returns False,
-`status()` says why, and the operators of the package run in PyTorch.
+Nothing here runs at import, prints, or raises if it cannot work: without a compiler `load()` returns False, `status()`
+says why, and PyTorch computes the package's operators.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Outcome(NamedTuple):
 
 
 class _Unavailable(Exception):
-    """The operators cannot be had here; the text is the status."""
+    """The operators are unavailable here; the message becomes the status."""
 
 
 _outcome: _Outcome | None = None
@@ -99,7 +99,7 @@ def status() -> str:
 def ops() -> Any:
     """The namespace `torch.ops.gpt2_kernels_cpu`: what csrc/cpu_ops.cpp registers; products on x86 alone.
 
-    Raises RuntimeError with `status()` where the operators are not to be had: ask `load()` first.
+    Raises RuntimeError with `status()` if the operators are unavailable: call `load()` first.
     """
     if not load():
         raise RuntimeError(f"gpt2_kernels: {status()}")
@@ -133,8 +133,8 @@ def _result() -> _Outcome:
 
 
 def _load_or_build() -> tuple[Path, int]:
-    """Loads a valid library from a cache folder or compiles one there, of the best level that can be; a damaged one is
-    compiled anew, once."""
+    """Loads a valid library from a cache folder or compiles one there, at the best level possible; a damaged one is
+    recompiled, once."""
     compiler, version = _find_compiler()
     sources = _source_directory()
     key = _key(sources, compiler, version)
@@ -181,7 +181,7 @@ def _find_compiler() -> tuple[list[str], str]:
 
 
 def _assembler(compiler: list[str]) -> str:
-    """The first line of its version: it may be replaced, and know more, where the compiler stays. Clang needs none."""
+    """The first line of its version: it may be upgraded separately from the compiler. Clang needs none."""
     name = _first_line(_run([*compiler, "-print-prog-name=as"]))
     return _first_line(_run([name, "--version"])) if shutil.which(name) else ""
 
@@ -228,7 +228,7 @@ def _cache_folders() -> Iterator[Path]:
 
 
 def _find_valid(folder: Path, stem: str) -> Path | None:
-    """A library whose content still has the digest in its name. dlopen itself would crash on a truncated one."""
+    """A library whose contents match the digest in its name. dlopen itself would crash on a truncated one."""
     with contextlib.suppress(OSError):  # a folder that may not be read
         for library in sorted(folder.glob(f"{stem}-*.so")):
             if library.name == _library_name(stem, library):
@@ -242,8 +242,8 @@ def _library_name(stem: str, library: Path) -> str:
 
 
 def _build(folder: Path, stems: dict[int, str], sources: Path, compiler: list[str]) -> tuple[Path, int]:
-    """Compiles into `folder`, the first level that compiles; where none does, the error is that of the last, which says
-    nothing of instructions. Processes that do so at once each rename a whole file into place, so none sees a part."""
+    """Compiles into `folder` the first level that compiles; if none does, the error is the last level's, which needs no
+    special instructions. Concurrent processes each rename a complete file into place, so none sees a partial one."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
@@ -287,7 +287,7 @@ def _one_line(text: str) -> str:
 
 
 def _load_library(library: Path) -> Path:
-    """Loads the library and tells PyTorch the shapes of its results. Raises OSError where the loader refuses it."""
+    """Loads the library and registers the shapes of its results. Raises OSError if the loader refuses it."""
     torch.ops.load_library(str(library))
     torch.library.register_fake("gpt2_kernels_cpu::append_kv_", _fake_append_kv)
     torch.library.register_fake("gpt2_kernels_cpu::paged_attention", _fake_paged_attention)

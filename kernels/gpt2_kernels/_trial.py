@@ -1,9 +1,9 @@
-"""Whether a module written after nanoGPT computes what a replacement does: what it calls, and its numbers.
+"""Whether a module modelled on nanoGPT computes what its replacement does: first what it calls, then its numbers.
 
-Numbers alone prove little: a clamp or a window shows at some scale or length that nobody tried. So `strange` first
-listens to the module's forward, on the meta device, at lengths past the windows that are in use: every function that it
-calls must be one of nanoGPT's own, with the same arguments at each length. What is left to differ then (constants, the
-order of things, which GELU) is an identity of smooth functions, which `agrees` tries at random points and many scales.
+Numbers alone prove little: a clamp or a window may show only at a scale or length that nobody tried. So `strange` first
+traces the module's forward, on the meta device, at lengths beyond the windows in use: every function it calls must be
+one that nanoGPT calls, with the same arguments at every length. What can still differ (constants, order, which GELU)
+are smooth functions, which `agrees` compares at random points and many scales.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _SHAPES = "view reshape transpose permute unflatten flatten split chunk unbind c
 
 @functools.cache
 def _functions(*names: str) -> frozenset[Any]:
-    """All that PyTorch has under these names; of an attribute, what reads it."""
+    """Everything that PyTorch has under these names; for an attribute, its getter."""
     found = (getattr(space, name) for name in names for space in (torch, Tensor, F) if hasattr(space, name))
     return frozenset(each if callable(each) else each.__get__ for each in found)
 
 
 class _Listener(TorchFunctionMode):
-    """Notes what a module calls on inputs of one length, and the first thing that is not as it should be."""
+    """Records what a module calls on inputs of one length, and the first call that is not allowed."""
 
     def __init__(
         self, allowed: tuple[str, ...], length: int, mask: Tensor | None, heads: tuple[int, int, int, int] | None
@@ -69,7 +69,7 @@ class _Listener(TorchFunctionMode):
         return out
 
     def _attention(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Each head of each text attends to all of its own keys, under PyTorch's causal mask or that of the buffer."""
+        """Each head of each text attends to all of its own keys, under PyTorch's causal mask or the buffer's."""
         assert self.heads is not None
         B, H, T, _ = self.heads
         if func in _functions("scaled_dot_product_attention"):
@@ -92,7 +92,7 @@ class _Listener(TorchFunctionMode):
 
 
 class _Unheard(TorchDispatchMode):
-    """What comes to PyTorch by no function that the listener hears: scripted functions, operators called from C++."""
+    """Catches what the listener cannot see: scripted functions, operators called from C++."""
 
     def __init__(self, listener: _Listener) -> None:
         super().__init__()
@@ -107,8 +107,8 @@ class _Unheard(TorchDispatchMode):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def strange(module: Any, allowed: tuple[str, ...], heads: int | None = None) -> str | None:
-    """What a module of nanoGPT's shape does that nanoGPT's does not, or None. `allowed` are names of functions of
-    PyTorch beside those that only change shapes; `heads` is given for an attention."""
+    """What a module of nanoGPT's shape does that nanoGPT's does not, or None. `allowed` names PyTorch functions, in
+    addition to those that only change shapes; `heads` is given for attention."""
     meta = _alone(module).to("meta")
     mask, weight = meta._buffers.get("bias"), next(meta.parameters())
     width = weight.shape[-1]
@@ -137,7 +137,7 @@ def strange(module: Any, allowed: tuple[str, ...], heads: int | None = None) -> 
 
 
 def _not_pytorchs(out: Any) -> str | None:
-    """What of the way back from `out` to its input PyTorch would not go by itself."""
+    """What in the autograd graph from `out` to its input is not PyTorch's own."""
     if not isinstance(out, Tensor) or out.grad_fn is None:
         return "its result is no tensor with a gradient"
     nodes: list[Any] = [out.grad_fn]
@@ -149,7 +149,7 @@ def _not_pytorchs(out: Any) -> str | None:
 
 
 def _alone(module: Any) -> Any:
-    """A copy that nobody listens to: a trial is no call of theirs."""
+    """A copy without hooks: a trial must not look like a call to whoever listens."""
     duplicate = copy.deepcopy(module)
     for part in duplicate.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
@@ -161,16 +161,16 @@ def _alone(module: Any) -> Any:
 
 
 class _Marked(nn.Dropout):
-    """In place of a dropout of activations: it shows where that stands, as it commutes with nothing."""
+    """Stands in for a dropout of activations and shows where it is applied, since it commutes with nothing."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input.sin() if self.training else input
 
 
 def agrees(module: Any, candidate: Any, scales: Sequence[float]) -> bool:
-    """Whether `candidate` computes what the module does: on a float32 copy on the CPU, with random weights (those of
-    the module may be zeros, and prove nothing), in eval and training mode. Where there are dropouts, those of
-    activations are marked, and that of attention is at 0; whether it drops is tried apart."""
+    """Whether `candidate` computes what the module does: on a float32 copy on the CPU, with random weights (its own may
+    be zeros, and prove nothing), in eval and training mode. Dropouts of activations are marked, and attention's is set
+    to 0; whether it drops is tested separately."""
     original = _alone(module).float().cpu()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), _runtime.force("torch"), torch.random.fork_rng([]):
@@ -205,7 +205,7 @@ def agrees(module: Any, candidate: Any, scales: Sequence[float]) -> bool:
 
 
 def _drop(attention: Any, rate: float) -> bool:
-    """Give nanoGPT's attention a rate of dropout, in both places where it keeps it; whether it had one above 0."""
+    """Set the dropout rate of nanoGPT's attention, in both places that hold it; returns whether it was above 0."""
     layer, number = attention._modules.get("attn_dropout"), vars(attention).get("dropout")
     before = 0.0
     if isinstance(layer, nn.Dropout):

@@ -1,8 +1,8 @@
-"""The bookkeeping between two steps of decode: each text takes its drawn token, and those that end stop.
+"""The bookkeeping between two decode steps: each text takes its sampled token, and finished ones stop.
 
-A step of decode reads, for each of S texts, its last token, that token's position and cache slot, and the number of
-keys it attends to. `advance_` brings all of them forward by a token, in place and in one launch, so that a captured
-step feeds the next one and the host sends nothing. About 80 bytes a text and no arithmetic: the time is the launch's.
+A decode step reads, for each of S texts, its last token, that token's position and cache slot, and how many keys it
+attends to. `advance_` moves all of them forward by a token, in place and in one launch, so that a captured step feeds
+the next one and the host sends nothing. About 80 bytes per text and no arithmetic: the time is the launch's.
 Specification: gpt2_kernels.reference.advance_.
 """
 
@@ -151,7 +151,7 @@ def advance_(
     count: Tensor,
     block_size: int,
 ) -> None:
-    """Bring the state of S decoding texts forward by a token, in place.
+    """Move the state of S decoding texts forward by one token, in place.
 
     drawn (S,) int64: the token that follows each text's last one. Written: tokens, positions, slots (S,) int64 and
     context_lens (S,) int32 become those of the drawn token, which the next step feeds to the model. A text ends with

@@ -1,7 +1,7 @@
 """`explain`: which implementation computes an operator or a model here, and why not a faster one.
 
-A model is told by its modules, as `apply` would take them; given arguments, it is run once, without gradients, and the
-operators that it called are counted.
+A model is explained module by module, as `apply` would treat them; given arguments, it is run once, without gradients,
+and the operators it calls are counted.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _of_model(model: nn.Module) -> list[str]:
 
 
 class _Calls(TorchDispatchMode):
-    """Counts the operators of ours that run, and those of PyTorch's in whose place one could."""
+    """Counts our operators that run, and PyTorch's operators that one of ours could replace."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ def _positive(module: str, **sizes: int) -> None:
 
 
 def _added_apart(x: Tensor, residual: Tensor) -> bool:
-    """Whether the residual is kept out of the product: one in float32 would be rounded to the dtype of autocast."""
+    """Whether to add the residual outside the product, where autocast would round a float32 one to its dtype."""
     device = x.device.type
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return False
@@ -67,9 +67,9 @@ class GeluMLP(nn.Module):
     """gelu(x c_fc) c_proj + residual: x and residual (..., width) -> (..., width), the GELU in the first epilogue.
 
     Parameters: c_fc.weight (hidden, width), c_fc.bias (hidden,), c_proj.weight (width, hidden), c_proj.bias (width,),
-    initialised as torch.nn.Linear's. approximate is "tanh" (GPT-2's) or "none" (erf). The residual stream may be handed
-    in, to be added in the epilogue of the second product: mlp(norm(x), x) is x + mlp(norm(x)). Under autocast a stream
-    in float32 stays so, and is added apart. With batch_invariant=False, as for training, the fastest products serve.
+    initialised as torch.nn.Linear's. approximate is "tanh" (GPT-2's) or "none" (erf). The residual stream may be passed
+    in, to be added in the epilogue of the second product: mlp(norm(x), x) is x + mlp(norm(x)). Under autocast a float32
+    stream stays float32, and is added separately. batch_invariant=False, for training, uses the fastest products.
     """
 
     def __init__(
