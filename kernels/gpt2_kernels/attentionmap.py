@@ -28,8 +28,8 @@ from gpt2_kernels._runtime import tl, triton
 # for the same beside their keys.
 BUFFER = 1 << 22
 
-# (compute capability from, element size, head dimension up to) -> (BLOCK_M, BLOCK_N, warps). Compiled for sm_80, sm_90
-# and sm_100 without spills (tests/test_offline.py); not yet timed on a GPU.
+# (minimum compute capability, element size, maximum head dimension) -> (BLOCK_M, BLOCK_N, warps). Compiled for sm_80,
+# sm_90 and sm_100 without spills (tests/test_offline.py); not yet timed on a GPU.
 TILES = {
     (0, 2, 256): (64, 64, 4),
     (0, 4, 128): (32, 32, 8),
