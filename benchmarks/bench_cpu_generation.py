@@ -282,7 +282,7 @@ def main() -> None:
         "new_tokens": NEW,
     }
     before = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    if other := [key for key in before and results if before.get(key) != results[key]]:
+    if before and (other := [key for key in results if before.get(key) != results[key]]):
         parser.error(f"--out must be a file measured alike, got another {', '.join(other)} in {options.out}")
     measured = measure(options.batch, options.rounds)
     how = {"date": datetime.date.today().isoformat(), "rounds": options.rounds, "load_before": load}

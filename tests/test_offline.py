@@ -21,10 +21,8 @@ from conftest import ROOT
 pytest.importorskip("triton")
 from benchmarks.compile_report import Row, read_snapshot, snapshot_path  # noqa: E402
 
-# Triton version -> spill instructions allowed per kernel. The launch tables were chosen with 3.6 and 3.7; with 3.9 all
-# kernels compile and little is lost.
-VERSIONS = {"3.6": 0, "3.7": 0, "3.9": 20}
-CHOSEN = ("3.6", "3.7")
+CHOSEN = ("3.6", "3.7")  # Triton versions that the launch tables were chosen with: nothing spills there
+VERSIONS = (*CHOSEN, "3.9")  # with 3.9 all kernels compile, with few spills
 
 # A kernel's tensor-core instruction in half precision for sm_80, sm_90 and sm_100, "-" for none; the longest key that
 # is a prefix of "kernel: case" decides. float32 is multiplied in full precision, on the CUDA cores.
@@ -81,7 +79,7 @@ def rows(version: str) -> list[Row]:
 def test_the_snapshot_is_what_the_kernels_compile_to() -> None:
     import triton
 
-    if triton.__version__.rpartition(".")[0] not in VERSIONS:
+    if snapshot_path(triton.__version__) not in map(snapshot_path, VERSIONS):
         pytest.skip(f"there is no table of Triton {triton.__version__}, of {', '.join(VERSIONS)} alone")
     done = child(["-m", "benchmarks.compile_report", "--check"])
     assert done.returncode == 0, f"\n{done.stdout}{done.stderr[-3000:]}"
@@ -102,7 +100,8 @@ def test_every_kernel_is_there(rows: list[Row]) -> None:
 
 
 def test_nothing_spills(rows: list[Row], version: str) -> None:
-    assert not [(r.case, r.kernel, r.sm, r.spills) for r in rows if r.spills > VERSIONS[version]]
+    most = 0 if version in CHOSEN else 20
+    assert not [(r.case, r.kernel, r.sm, r.spills) for r in rows if r.spills > most]
 
 
 def test_everything_can_be_launched(rows: list[Row]) -> None:

@@ -14,6 +14,7 @@ from gpt2_kernels._runtime import FLOAT8
 
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}  # of products: the number by which kernels and C++ know each
 MAX_WINDOW = 2**30  # a wider one is no narrower, and a position plus it would not fit in the 32 bits of kernels
 
@@ -138,8 +139,8 @@ def attention_options(op: str, head_dim: int, scale: float | None, window: int |
 
 
 def heads(op: str, q_heads: int, kv_heads: int, head_dim: int) -> None:
-    if not 1 <= head_dim <= 256:
-        fail(op, "head dimension D must lie in 1..256", head_dim)
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        fail(op, f"head dimension D must lie in 1..{MAX_HEAD_DIM}", head_dim)
     if kv_heads < 1 or q_heads % kv_heads:
         fail(op, "query heads H must be a multiple of key and value heads Hkv", f"{q_heads} and {kv_heads}")
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from gpt2_kernels.gemm import gelu_mlp, linear
 
-MAX_HEAD_DIM = 256
-
 
 class Fused(nn.Module):
     """First base of a replaced module's class: its forward, on our operators, overrides the one the module had."""

@@ -54,7 +54,7 @@ def register(
             return cpu_impl(*args)
         if _runtime.interpreting() and not _runtime.interpreter_has_bfloat16:
             for a in args:
-                if isinstance(a, torch.Tensor) and a.dtype in (torch.bfloat16, torch.float8_e4m3fn):
+                if isinstance(a, torch.Tensor) and a.dtype in (torch.bfloat16, _runtime.FLOAT8):
                     raise ValueError(
                         f"{name}: dtype must be float32 or float16 in Triton's interpreter, which computes bfloat16 "
                         f"and float8 wrongly, got {a.dtype}"

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_kernels import _check, _trial
-from gpt2_kernels._fused import MAX_HEAD_DIM, Fused, gelu_product, plain
+from gpt2_kernels._fused import Fused, gelu_product, plain
 from gpt2_kernels.fused_attention import attention_qkvpacked
 from gpt2_kernels.layernorm import MAX_WIDTH, layer_norm
 from gpt2_kernels.sdpa import scaled_dot_product_attention
@@ -304,8 +304,8 @@ def _torch_module(module: Any) -> type[Fused] | str | None:
     if kind is nn.MultiheadAttention:
         if module.bias_k is not None or module.add_zero_attn:
             return "add_bias_kv and add_zero_attn have no counterpart"
-        if not 1 <= module.head_dim <= MAX_HEAD_DIM:
-            return f"head dimension must lie in 1..{MAX_HEAD_DIM}, got {module.head_dim}"
+        if not 1 <= module.head_dim <= _check.MAX_HEAD_DIM:
+            return f"head dimension must lie in 1..{_check.MAX_HEAD_DIM}, got {module.head_dim}"
         return FusedMultiheadAttention
     if kind is nn.TransformerEncoderLayer:
         parts = {name: _torch_module(getattr(module, name)) for name in ("self_attn", "norm1", "norm2")}

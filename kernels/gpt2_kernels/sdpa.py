@@ -105,8 +105,8 @@ def scaled_dot_product_attention(
     if tuple(key.shape[-2:]) != (S, D):
         _check.fail(OP, f"key must be (..., S, D) = (..., {S}, {D}), S from value and D from query", tuple(key.shape))
     for name, width in (("query", D), ("value", E)):
-        if not 1 <= width <= 256:
-            _check.fail(OP, f"last axis of {name} must lie in 1..256", width)
+        if not 1 <= width <= _check.MAX_HEAD_DIM:
+            _check.fail(OP, f"last axis of {name} must lie in 1..{_check.MAX_HEAD_DIM}", width)
     if not 0.0 <= dropout_p < 1.0:
         _check.fail(OP, "dropout_p must lie in [0, 1)", dropout_p)
     factor, _ = _check.attention_options(OP, D, scale, None)

@@ -40,7 +40,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _active_collector  # which outputs the caller asked for
 
 from gpt2_kernels import _check
-from gpt2_kernels._fused import MAX_HEAD_DIM, Fused, gelu_product, plain
+from gpt2_kernels._fused import Fused, gelu_product, plain
 from gpt2_kernels.fused_attention import attention, attention_varlen
 
 NAME = "gpt2_kernels"
@@ -421,8 +421,8 @@ def recognise(module: Any, model: nn.Module) -> type[Fused] | str | None:
             return f"its activation must be GELU, got {type(module.act).__name__}"
         return FusedGPT2MLP
     if type(module) is GPT2Attention:
-        if module.head_dim > MAX_HEAD_DIM:
-            return f"head dimension must lie in 1..{MAX_HEAD_DIM}, got {module.head_dim}"
+        if module.head_dim > _check.MAX_HEAD_DIM:
+            return f"head dimension must lie in 1..{_check.MAX_HEAD_DIM}, got {module.head_dim}"
         if module.config.output_attentions:
             return "config.output_attentions asks for attention weights"
         makers = (part for part in model.modules() if isinstance(part, GPT2Model) and part.config is module.config)
